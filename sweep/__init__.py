@@ -1,0 +1,1 @@
+"""Decides: what is tried, how long, for how much. Never imports torch."""

@@ -1,0 +1,148 @@
+"""What an event from a worker changes in our tables. One event, one transaction, together with how far we have read."""
+
+from __future__ import annotations
+
+import math
+
+from sqlalchemy import Connection
+
+from sweep import records, tables
+from sweep.records import Study, TrialRow, WorkerRow
+from trainers.messages import (
+    Admitted,
+    BaseEvaluated,
+    Checkpointed,
+    Dropped,
+    Ended,
+    Evaluated,
+    Event,
+    Failed,
+    Paused,
+    Progress,
+    Ready,
+    TrialEvent,
+)
+
+
+def apply(connection: Connection, study: Study, worker: WorkerRow, event: Event, offset: int) -> None:
+    """Applies one event of a worker and moves its read offset past it."""
+    records.set_worker(connection, worker.id, at_ms=event.at_ms, usage=event.usage, offset=offset)
+    match event:
+        case Ready():
+            _ready(connection, study, worker, event)
+        case BaseEvaluated():
+            records.set_study(connection, study.name, base_loss=event.loss, base_rung_loss=event.rung_loss)
+            records.note(connection, study.name, "base", f"the untrained model's validation loss is {event.loss:.4f}")
+        case Ended():
+            why = f"{event.reason}: {event.message}" if event.message else event.reason
+            records.set_worker(connection, worker.id, why=why)
+        case TrialEvent():
+            trial = next((t for t in records.trials(connection, study.name) if t.number == event.trial), None)
+            # A worker that was replaced may still have spoken of a trial that has another attempt by now.
+            if trial is not None and trial.attempt == event.attempt:
+                _trial_event(connection, study, trial, event)
+
+
+def _ready(connection: Connection, study: Study, worker: WorkerRow, event: Ready) -> None:
+    records.set_worker(
+        connection, worker.id, state="ready", slots=event.slots, device=event.device, load_ms=event.at_ms
+    )
+    text = f"worker {worker.ordinal} is ready on {event.device} after {event.at_ms / 1000:.1f} s"
+    records.note(connection, study.name, "ready", text)
+
+
+def _trial_event(connection: Connection, study: Study, trial: TrialRow, event: TrialEvent) -> None:
+    name, number = study.name, trial.number
+    tables_attempt = tables.attempt.update().where(tables.attempt.c.id == event.attempt)
+    connection.execute(tables_attempt.values(tokens=event.tokens))
+    records.set_trial(connection, name, number, step=event.step, tokens=event.tokens)
+    match event:
+        case Admitted():
+            text = f"trial {number} goes on at {event.tokens:,} tokens" if event.tokens else f"trial {number} starts"
+            records.note(connection, name, "admitted", text, number)
+        case Progress():
+            records.set_trial(connection, name, number, train_loss=_number(event.train_loss))
+        case Checkpointed():
+            records.set_trial(connection, name, number, checkpoint=event.checkpoint, checkpoint_tokens=event.tokens)
+        case Evaluated():
+            _evaluated(connection, study, trial, event)
+        case Paused():
+            _left(connection, name, trial, event.attempt, "paused")
+            records.set_trial(connection, name, number, checkpoint=event.checkpoint, checkpoint_tokens=event.tokens)
+        case Dropped():
+            _left(connection, name, trial, event.attempt, "dropped")
+        case Failed():
+            _failed(connection, name, trial, event)
+
+
+def _evaluated(connection: Connection, study: Study, trial: TrialRow, event: Evaluated) -> None:
+    known = (tables.evaluation.c.study == study.name) & (tables.evaluation.c.trial == trial.number)
+    row = tables.evaluation.select().where(known & (tables.evaluation.c.rung == trial.target))
+    finite = math.isfinite(event.loss)
+    if finite and connection.execute(row).one_or_none() is None:
+        connection.execute(
+            tables.evaluation.insert().values(
+                study=study.name,
+                trial=trial.number,
+                rung=trial.target,
+                tokens=event.tokens,
+                step=event.step,
+                loss=event.loss,
+                full_loss=event.full_loss,
+                train_loss=_number(event.train_loss),
+                train_tokens=event.train_tokens,
+                train_ms=event.train_ms,
+                evaluate_tokens=event.evaluate_tokens,
+                evaluate_ms=event.evaluate_ms,
+                checkpoint_ms=event.checkpoint_ms,
+                attempt=event.attempt,
+            )
+        )
+    records.set_trial(
+        connection,
+        study.name,
+        trial.number,
+        state="judging" if trial.state == "live" else trial.state,
+        rung=trial.target,
+        loss=_number(event.loss),
+        full_loss=_number(event.full_loss),
+        train_loss=_number(event.train_loss),
+        checkpoint=event.checkpoint,
+        checkpoint_tokens=event.tokens,
+    )
+
+
+def _number(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _left(connection: Connection, name: str, trial: TrialRow, attempt: str, how: str) -> None:
+    records.set_trial(connection, name, trial.number, slot=None)
+    end_attempt(connection, attempt, how)
+
+
+def end_attempt(connection: Connection, attempt: str, how: str) -> None:
+    """Notes how an attempt ended."""
+    connection.execute(tables.attempt.update().where(tables.attempt.c.id == attempt).values(ended=how))
+
+
+def _failed(connection: Connection, name: str, trial: TrialRow, event: Failed) -> None:
+    _left(connection, name, trial, event.attempt, "failed")
+    if trial.state in records.ENDED:
+        return
+    if event.code == "disk":  # not the trial's fault: it goes on from its last checkpoint
+        rewind(connection, name, trial)
+        records.note(connection, name, "disk", event.message, trial.number)
+        return
+    state = "pruned" if event.code == "diverged" else "failed"
+    reason = f"{event.code.replace('_', ' ')}: {event.message}"
+    records.set_trial(
+        connection, name, trial.number, state=state, reason=reason, diverged=int(event.code == "diverged")
+    )
+    records.note(connection, name, state, f"trial {trial.number} {state}: {reason}", trial.number)
+
+
+def rewind(connection: Connection, name: str, trial: TrialRow) -> None:
+    """Takes a trial that lost its slot back to its last checkpoint; one that was to run waits for its turn again."""
+    state = "waiting" if trial.state == "live" else trial.state
+    records.set_trial(connection, name, trial.number, state=state, slot=None, tokens=trial.checkpoint_tokens)

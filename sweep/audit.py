@@ -1,0 +1,59 @@
+"""All invariants of a study: the ledger's own, and that the machine's time and its charges are the same thing."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, func, select
+
+from budgets import audit
+from budgets.ledger import BUDGET
+from budgets.money import cost_micros
+from budgets.schema import hold, transfer
+from sweep import records
+
+
+def violations(connection: Connection, study: str) -> list[str]:
+    """Returns a sentence for every invariant that does not hold; [] when all hold. Raises NotFoundError."""
+    records.study(connection, study)
+    return audit.violations(connection, study) + _time(connection, study) + _trials(connection, study)
+
+
+def _time(connection: Connection, study: str) -> list[str]:
+    """Every worker's charges are its settled time at its price, and open holds cover exactly the living workers."""
+    found = []
+    charged = select(func.coalesce(func.sum(transfer.c.amount_micros), 0)).where(
+        transfer.c.study == study, transfer.c.kind.in_(("settle", "expire"))
+    )
+    open_holds = set(
+        connection.execute(select(hold.c.id).where(hold.c.study == study, hold.c.state == "open")).scalars()
+    )
+    for worker in records.workers(connection, study):
+        # A worker's holds are `<worker>:s<slice>`.
+        mine = charged.where(transfer.c.hold_id.startswith(f"{worker.id}:s", autoescape=True))
+        lost = select(func.coalesce(func.sum(transfer.c.amount_micros), 0)).where(
+            transfer.c.study == study,
+            transfer.c.kind == "overrun",
+            transfer.c.id.startswith(f"overrun:{worker.id}:s", autoescape=True),
+        )
+        paid = int(connection.execute(mine).scalar_one()) + int(connection.execute(lost).scalar_one())
+        expected = cost_micros(worker.micros_per_hour, worker.settled_ms)
+        if paid != expected:
+            found.append(f"worker {worker.id} was charged {paid} micro-dollars for {worker.settled_ms} ms: {expected}")
+        if worker.state == "ended" and worker.hold in open_holds:
+            found.append(f"worker {worker.id} ended but its hold {worker.hold} is open")
+        if worker.state != "ended" and worker.hold not in open_holds:
+            found.append(f"worker {worker.id} lives without an open hold")
+        open_holds.discard(worker.hold)
+    return found + [f"hold {identifier} of {BUDGET} belongs to no worker" for identifier in sorted(open_holds)]
+
+
+def _trials(connection: Connection, study: str) -> list[str]:
+    """Trials are numbered without a gap, and one that sits in a slot sits in a living worker's."""
+    trials = records.trials(connection, study)
+    living = {worker.id for worker in records.workers(connection, study, living=True)}
+    found = []
+    if [trial.number for trial in trials] != list(range(len(trials))):
+        found.append(f"trials are not numbered 0 to {len(trials) - 1}")
+    for trial in trials:
+        if trial.slot is not None and trial.slot not in living:
+            found.append(f"trial {trial.number} sits in a slot of {trial.slot}, which does not live")
+    return found

@@ -1,0 +1,70 @@
+"""Tells a worker what the tables say. Commands follow from the tables alone and each may be repeated without harm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sweep.launchers.base import Launcher
+from sweep.projection import Plan
+from sweep.records import Study, TrialRow, WorkerRow
+from trainers.messages import Admit, Command, Continue, Drop, EvaluateBase, Pause, Slice
+
+_BASE, _SLICE = -1, -2  # what is no trial's
+
+
+class Instructor:
+    """Remembers what the living worker was told, so that it is told once; after a crash it is told again."""
+
+    def __init__(self, launcher: Launcher, plan: Plan) -> None:
+        self.launcher = launcher
+        self.plan = plan
+        self.reattached: str | None = None  # a worker that an earlier orchestrator may have told something
+        self._sent: dict[int, Command] = {}
+
+    def forget(self) -> None:
+        """A new worker knows nothing."""
+        self._sent.clear()
+
+    def instruct(self, study: Study, worker: WorkerRow, trials: Sequence[TrialRow], current: Slice) -> None:
+        """Sends what a ready worker should know and was not told yet."""
+        if worker.id == self.reattached and _SLICE not in self._sent:
+            self._once(worker, _SLICE, current)
+        if study.base_loss is None:
+            self._once(worker, _BASE, EvaluateBase(fence=study.fence))
+        for trial in trials:
+            if trial.slot == worker.id and trial.state != "judging":
+                self._trial(study, worker, trial)
+
+    def _trial(self, study: Study, worker: WorkerRow, trial: TrialRow) -> None:
+        if trial.state in {"paused", "waiting"}:
+            self._once(worker, trial.number, Pause(fence=study.fence, trial=trial.number))
+        elif trial.state != "live":
+            self._once(worker, trial.number, Drop(fence=study.fence, trial=trial.number))
+        else:
+            self._train(study, worker, trial)
+
+    def _train(self, study: Study, worker: WorkerRow, trial: TrialRow) -> None:
+        until = self.plan.until(trial.target)
+        go_on = Continue(fence=study.fence, trial=trial.number, until_tokens=until)
+        last = self._sent.get(trial.number)
+        if isinstance(last, Admit | Continue):
+            if last.until_tokens != until:
+                self._once(worker, trial.number, go_on)
+            return
+        admit = Admit(
+            fence=study.fence,
+            config=trial.config,
+            attempt=trial.attempt or "",
+            folder=str(Path(study.folder) / "trials" / f"{trial.number:04d}"),
+            until_tokens=until,
+            resume=trial.checkpoint,
+        )
+        self._once(worker, trial.number, admit)
+        if worker.id == self.reattached:
+            # It may be there already and stand at its last rung, where an Admit does not move it.
+            self.launcher.send(Path(worker.folder), go_on)
+
+    def _once(self, worker: WorkerRow, key: int, command: Command) -> None:
+        if self._sent.get(key) != command and self.launcher.send(Path(worker.folder), command):
+            self._sent[key] = command

@@ -1,0 +1,144 @@
+"""From a spec to a stored study: model, data and price are looked at, nothing is paid."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.exc import IntegrityError
+
+from budgets.ledger import Ledger
+from budgets.money import usd
+from budgets.prices import UnknownGPU, lookup
+from sweep import clock, records, tables
+from sweep.errors import DiskError, SpecError, SweepError, UnusableError, UsageError
+from sweep.plan import lengths
+from sweep.records import Study
+from sweep.spec import Spec
+from sweep.store import Store
+
+RUNS = Path("runs")
+STALE_DAYS = 90
+CHECK_SECONDS = 3600  # tokenising a large data set may take long; a hang must still end
+
+
+def price_of(spec: Spec) -> tuple[int, str]:
+    """Returns micro-dollars an hour and where the price comes from. Raises SpecError for an unknown GPU."""
+    machine = spec.machine
+    if machine.price is not None:
+        return machine.price, "from the spec"
+    try:
+        price = lookup(machine.gpu or "", machine.provider)
+    except UnknownGPU as error:
+        raise SpecError(f"machine.gpu: {error}", "`sweep prices` lists them; or give machine.price") from error
+    note = f"{price.provider} {price.instance}, listed {price.as_of} ({price.source})"
+    if price.age_days(datetime.date.today()) > STALE_DAYS:
+        note += f"; over {STALE_DAYS} days old, better give machine.price"
+    return price.micros_per_hour, note
+
+
+def study_folder(name: str) -> Path:
+    """Where a study's data, workers and trials are kept."""
+    return (RUNS / name).resolve()
+
+
+def look(spec: Spec, folder: Path) -> dict[str, Any]:
+    """Looks at model and data in a process of its own and prepares the data; returns the study's facts.
+
+    Raises UnusableError, DiskError. A replayed model (`replay:FILE`) brings its facts with it.
+    """
+    found = _replayed(spec) if spec.model.startswith("replay:") else _checked(spec, folder)
+    found["plan"] = dataclasses.asdict(lengths(spec.search, found["data"]["splits"]))
+    return found
+
+
+def _checked(spec: Spec, folder: Path) -> dict[str, Any]:
+    request = {
+        "model": spec.model,
+        "train": spec.data.train,
+        "validation": spec.data.validation,
+        "test": spec.data.test,
+        "max_tokens": spec.data.max_tokens,
+        "seed": spec.seed,
+        "out_folder": str(folder / "data"),
+        "methods": list(spec.search.method),
+        "targets": list(spec.search.targets),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "check.json").write_text(json.dumps(request, indent=1))
+    except OSError as error:
+        raise DiskError(f"{folder} cannot be written: {error.strerror}", "work in another folder") from error
+    command = [sys.executable, "-m", "trainers.check", str(folder / "check.json")]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_SECONDS, check=False)
+        answer: dict[str, Any] = json.loads(done.stdout)
+    except subprocess.TimeoutExpired as error:
+        raise UnusableError(f"model and data were not looked through within {CHECK_SECONDS} s") from error
+    except json.JSONDecodeError as error:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise SweepError(f"model and data could not be looked at: {last}", f"try: {' '.join(command)}") from error
+    if not answer["ok"]:
+        kind = DiskError if answer["kind"] == "disk" else UnusableError
+        raise kind(answer["message"], answer.get("hint", ""))
+    return answer | {"cores": answer["cpu_cores"]}
+
+
+def _replayed(spec: Spec) -> dict[str, Any]:
+    path = Path(spec.model.removeprefix("replay:"))
+    try:
+        recorded = json.loads(path.read_text())
+        rows, validation = recorded["train_rows"], recorded["validation_rows"]
+        tokens = recorded["tokens_per_example"]
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise UnusableError(f"{path} is not a recording: {error}", "see trainers/replay.py for its format") from error
+    splits = {
+        "train": {"rows": rows, "tokens": round(rows * tokens)},
+        "validation": {"rows": validation, "tokens": recorded["validation_tokens"]},
+    }
+    facts = {"parameters": recorded["parameters"], "device": "replay", "cores": os.cpu_count() or 1, "seconds": 0.0}
+    return facts | {"data": {"splits": splits}}
+
+
+def compare_gpu(spec: Spec, facts: dict[str, Any]) -> None:
+    """Raises UsageError if the machine's GPU is not the one whose price was named."""
+    named, device = spec.machine.gpu, facts["device"]
+    if named is None or device == "replay":
+        return
+    model = named.split("-")[0].upper()
+    if model not in device.upper().replace(" ", ""):
+        has = "has no GPU" if device == "cpu" else f"has a {device}"
+        raise UsageError(f"the spec names a {named}, this machine {has}", "correct machine.gpu, or add --anyway")
+
+
+def create(store: Store, spec: Spec, facts: dict[str, Any], micros_per_hour: int, folder: Path) -> Study:
+    """Stores a new study and funds its budget with the cap. Raises UsageError if the name is taken."""
+    try:
+        with store.write() as connection:
+            connection.execute(
+                tables.study.insert().values(
+                    name=spec.study,
+                    spec=json.dumps(spec.resolved()),
+                    facts=json.dumps(facts),
+                    folder=str(folder),
+                    micros_per_hour=micros_per_hour,
+                    created_unix_ms=clock.unix_ms(),
+                )
+            )
+            Ledger(connection, spec.study).open(spec.budget.cap)
+            text = f"cap {usd(spec.budget.cap)} at {usd(micros_per_hour)}/hour"
+            records.note(connection, spec.study, "created", text)
+            return records.study(connection, spec.study)
+    except IntegrityError as error:
+        raise exists(spec.study) from error
+
+
+def exists(name: str) -> UsageError:
+    """The error for a study that is there already."""
+    return UsageError(f"study {name} exists already", f"sweep resume {name}, or launch under another --study name")

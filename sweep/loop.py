@@ -1,0 +1,470 @@
+"""The sweep loop: settle, judge, project, fill, stop.
+
+Our tables are the only state; what is kept in memory (forecasts, what a worker was told) is rebuilt from them after a
+crash. One event of a worker is applied at a time and every decision follows from the tables, so the same events lead to
+the same study however they arrive.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from sqlalchemy import Connection
+
+from budgets.ledger import Ledger, trial_account
+from budgets.money import MICROS, usd
+from sweep import records, rungs, space, tables, triage
+from sweep.apply import apply
+from sweep.errors import BudgetError, DiskError, Interrupted, WorkerError
+from sweep.instruct import Instructor
+from sweep.launchers.base import Launcher
+from sweep.projection import Projector, plan
+from sweep.records import Study, TrialRow, WorkerRow
+from sweep.rungs import Results
+from sweep.store import Store
+from sweep.study import Memory
+from sweep.triage import Funds
+from sweep.workers import Workers
+from trainers.messages import BaseEvaluated, Evaluated, Event, Ready, Release, Slice, Stop, TrialConfig
+
+POLL_SECONDS = 0.05
+STOP_MS = 25_000  # a worker that is told to stop has this long to checkpoint
+SILENCE_MS = 60_000  # without a report for this long (or three tails) a worker's next slice is not paid
+MAX_DEATHS = 3  # workers that die in a row without training anything
+MAX_REFUSED = 4  # trials asked in a row that could not be paid
+
+
+def projector_of(study: Study, connection: Connection) -> Projector:
+    """Builds the forecasts of a study from everything that was measured."""
+    facts = study.facts
+    projector = Projector(plan(facts), facts["parameters"], facts["device"], facts["cores"])
+    configs = {t.number: t.config for t in records.trials(connection, study.name)}
+    for row in records.evaluations(connection, study.name):
+        projector.observe_evaluation(configs[row.trial], row)
+    for worker in records.workers(connection, study.name):
+        if worker.load_ms is not None:
+            projector.observe_load(worker.load_ms)
+    return projector
+
+
+class Sweep:
+    """Drives one study to its end. The caller holds the right to (Store.drive) and has raised the fence."""
+
+    def __init__(
+        self, store: Store, name: str, launcher: Launcher, memory: Memory, notify: Callable[[], None] = lambda: None
+    ) -> None:
+        """`notify` is called after every step that changed something; it must not raise."""
+        self.store = store
+        self.name = name
+        self.launcher = launcher
+        self.memory = memory
+        self.notify = notify
+        with store.read() as connection:
+            self.study = records.study(connection, name)
+            self.projector = projector_of(self.study, connection)
+        self.workers = Workers(store, self.study, launcher, self.projector)
+        self.instructor = Instructor(launcher, self.projector.plan)
+        self.interrupted = False
+        self._stopping = False
+        self._refused = 0
+        self._deaths = 0
+        self._trained_before = 0
+        self._disk_message = ""
+        self._first_step = True
+        self._lengths = self.workers.lengths()
+
+    def run(self) -> None:
+        """Steps until nothing runs and nothing more is affordable or worth its price.
+
+        Raises Interrupted after a request to stop, DiskError, WorkerError, InvariantError.
+        """
+        self.workers.recover()
+        reattached = self._worker()
+        self.instructor.reattached = reattached.id if reattached else None
+        self._replay_memory()
+        while True:
+            changed = self.step()
+            self.notify()
+            if self._over():
+                break
+            if not changed:
+                time.sleep(POLL_SECONDS)
+        self._park()
+        self.notify()
+        if self._disk_message:
+            raise DiskError(self._disk_message, f"free some space, then: sweep resume {self.name}")
+        if self.interrupted:
+            raise Interrupted(f"study {self.name} is checkpointed and settled", f"sweep resume {self.name}")
+
+    def step(self) -> bool:
+        """One step of the loop; returns whether anything changed."""
+        changed = self._settle() or self._first_step
+        if changed or self.interrupted:
+            self._judge()
+            self._project()
+            self._fill()
+            self._instruct()
+        self._first_step = False
+        return changed
+
+    # Settle
+
+    def _settle(self) -> bool:
+        """Applies the next event, pays for the next slice when it is due, sees a dead worker out."""
+        worker = self._worker()
+        if worker is None:
+            return False
+        folder = Path(worker.folder)
+        alive = self.launcher.alive(folder)
+        record = self.launcher.read_usage(folder)
+        # The last record is written after the last event, so events read from here on are all there will be.
+        over = (record is not None and record.ended) or not alive
+        events = self.launcher.read_events(folder, worker.offset)
+        if events:
+            offset, event = events[0]
+            with self.store.write() as connection:
+                apply(connection, self.study, worker, event, offset)
+            self._learn(event)
+            return True
+        if over:
+            self._bury(worker)
+            return True
+        if not self._stopping and not worker.final and self._renewal_due(worker):
+            renewed = self.workers.renew(worker)
+            self.launcher.send(folder, self._slice(renewed))
+            return True
+        return False
+
+    def _learn(self, event: Event) -> None:
+        if isinstance(event, Evaluated):
+            with self.store.read() as connection:
+                trial = next(t for t in records.trials(connection, self.name) if t.number == event.trial)
+            self.projector.observe_evaluation(trial.config, event)
+        elif isinstance(event, Ready):
+            self.projector.observe_load(event.at_ms)
+        elif isinstance(event, BaseEvaluated):
+            with self.store.read() as connection:
+                self.study = self.workers.study = records.study(connection, self.name)
+        self._lengths = self.workers.lengths()
+
+    def _renewal_due(self, worker: WorkerRow) -> bool:
+        now, lengths = self.workers.now_ms(worker), self._lengths
+        if now - worker.at_ms > max(SILENCE_MS, 3 * lengths.tail, lengths.load if worker.state != "ready" else 0):
+            return False  # alive is not enough: a hung worker's time is not paid on
+        return worker.work_ms - now < lengths.slice // 2
+
+    def _slice(self, worker: WorkerRow) -> Slice:
+        return Slice(
+            fence=self.study.fence,
+            paid_ms=worker.paid_ms,
+            work_ms=worker.work_ms,
+            checkpoint_ms=self._lengths.slice,
+        )
+
+    def _bury(self, worker: WorkerRow) -> None:
+        folder = Path(worker.folder)
+        self.launcher.wait_dead(folder, 0.0)
+        with self.store.read() as connection:
+            lost_disk = worker.why.startswith("disk")
+            mine = tables.attempt.select().where(tables.attempt.c.study == self.name)
+            trained = sum(row.tokens for row in connection.execute(mine))
+        self.workers.bury(worker, observed=True)
+        self.instructor.forget()
+        ends = (self._stopping or worker.final) and not self.interrupted
+        self.launcher.send(folder, Release(fence=self.study.fence, stop=ends))
+        if lost_disk:
+            self._disk_message = f"the disk is full: {worker.why.removeprefix('disk: ')}"
+            self._stopping = True
+        self._deaths = self._deaths + 1 if trained == self._trained_before else 1
+        self._trained_before = trained
+        if not self._stopping and not worker.final and self._deaths >= MAX_DEATHS:
+            raise WorkerError(
+                f"the worker died {self._deaths} times without training anything ({worker.why or 'killed'})",
+                f"see {folder / 'worker.log'}, then: sweep resume {self.name}",
+            )
+
+    # Judge
+
+    def _judge(self) -> None:
+        trials, results = self._trials()
+        for trial in trials:
+            if trial.state == "judging":
+                self._decide(trial, trials, results)
+
+    def _decide(self, trial: TrialRow, trials: list[TrialRow], results: Results) -> None:
+        search = self.study.spec.search
+        judgement = rungs.judge(
+            trial,
+            results,
+            last=self.projector.plan.last,
+            eta=search.eta,
+            base_loss=self.study.base_rung_loss,
+            can_pause=trial.config.method == "lora" or self.projector.parking_pays(trial),
+        )
+        if trial.loss is not None and not judgement.diverged:
+            self.memory.report(trial.number, trial.rung, trial.loss)
+        match judgement.verdict:
+            case "complete":
+                self._end(trial, "completed", judgement.reason)
+            case "prune":
+                self._end(trial, "pruned", judgement.reason, diverged=judgement.diverged)
+            case "pause":
+                self._change(trial, "paused", judgement.reason, target=trial.rung)
+            case "promote":
+                # Another one's turn, unless swapping costs more than it gives.
+                others = any(t.state == "waiting" for t in trials)
+                yields = others and (trial.config.method == "lora" or self.projector.parking_pays(trial))
+                state, turn = ("waiting", self._next_turn(trials)) if yields else ("live", trial.turn)
+                self._change(trial, state, f"promoted: {judgement.reason}", target=trial.rung + 1, turn=turn)
+
+    def _change(self, trial: TrialRow, state: str, reason: str, **values: int) -> None:
+        loss = f", loss {trial.loss:.4f}" if trial.loss is not None else ""
+        words = reason if reason.startswith("promoted") else f"{state}: {reason}"
+        with self.store.write() as connection:
+            records.set_trial(connection, self.name, trial.number, state=state, reason=reason, **values)
+            records.note(connection, self.name, state, f"trial {trial.number} {words}{loss}", trial.number)
+
+    def _end(self, trial: TrialRow, state: str, reason: str, *, diverged: bool = False) -> None:
+        self._change(trial, state, reason, diverged=int(diverged))
+        self._tell(replace(trial, state=state, reason=reason))
+
+    def _tell(self, trial: TrialRow) -> None:
+        with self.store.read() as connection:
+            cost = Ledger(connection, self.name).balances().accounts.get(trial_account(trial.number), 0)
+        labels: dict[str, str | float] = {"reason": trial.reason, "usd_when_told": cost / MICROS}
+        self.memory.tell(trial.number, trial.state, trial.full_loss, labels)
+        with self.store.write() as connection:
+            records.set_trial(connection, self.name, trial.number, told=1)
+
+    # Project
+
+    def _project(self) -> None:
+        trials, results = self._trials()
+        money = self._funds(trials, results)
+        eta = self.study.spec.search.eta
+        for trial, reason in triage.triage(money, trials, results, self.projector, eta):
+            best = rungs.leader(trials, results, eta)
+            if best is not None and best.number == trial.number and rungs.worth_finishing(trial, trials, results):
+                # More money would go to this one first, so it keeps its place instead of being told as pruned.
+                self._change(trial, "paused", f"parked: {reason}")
+            else:
+                self._end(trial, "pruned", reason)
+
+    def _funds(self, trials: list[TrialRow], results: Results) -> Funds:
+        worker = self._worker()
+        with self.store.read() as connection:
+            balances = Ledger(connection, self.name).balances()
+        now = self.workers.now_ms(worker) if worker else 0
+        money = triage.funds(balances, self.study.micros_per_hour, worker, now, self.projector.load().mean)
+        return replace(money, finish=self._finish_cost(money, trials, results))
+
+    def _finish_cost(self, money: Funds, trials: list[TrialRow], results: Results) -> int:
+        """What bringing the leader to its end costs beyond its next decision, as long as it may still win."""
+        best = rungs.leader(trials, results, self.study.spec.search.eta)
+        if best is None or not rungs.worth_finishing(best, trials, results):
+            return 0
+        end = self.projector.to_end(best).mean
+        return money.cost(end - self.projector.to_target(best).mean if best.state in {"live", "waiting"} else end)
+
+    # Fill
+
+    def _fill(self) -> None:
+        """Fills the live set, then the slots: thaw a promoted trial, else ask Optuna for a new one."""
+        if self._stopping or self.interrupted or self._final():
+            return
+        while True:
+            trials, results = self._trials()
+            if sum(t.state in records.RUNNING for t in trials) >= self.study.spec.search.live:
+                break
+            if not (self._wake(trials, results) or self._ask(trials, results) or self._finish(trials, results)):
+                break
+        trials, _ = self._trials()
+        worker = self._worker()
+        waiting = sorted((t for t in trials if t.state == "waiting" and t.slot is None), key=lambda t: t.turn)
+        if worker is None and waiting:
+            self._launch()
+        elif worker is not None and worker.state == "ready":
+            for trial in waiting:
+                if self._slot_free(worker, trial, trials):
+                    self._admit(worker, trial)
+                    break
+
+    def _launch(self) -> None:
+        try:
+            self.workers.launch()
+        except BudgetError:
+            with self.store.read() as connection:
+                if not records.workers(connection, self.name):
+                    raise  # the very first slice does not fit the cap: nothing was held
+            self._stopping = True
+
+    def _wake(self, trials: list[TrialRow], results: Results) -> bool:
+        trial = rungs.promotable(trials, results, self.study.spec.search.eta)
+        return trial is not None and self._promote(trial, trials, results, "promoted")
+
+    def _finish(self, trials: list[TrialRow], results: Results) -> bool:
+        """When no new trial can be paid, the rest of the money finishes the paused ones that may still win."""
+        if any(t.state in records.RUNNING for t in trials):
+            return False
+        eta = self.study.spec.search.eta
+        paused = [t for t in trials if t.state == "paused" and rungs.worth_finishing(t, trials, results)]
+        for trial in sorted(paused, key=lambda t: (rungs.promise(t, results, eta), t.number)):
+            if self._promote(trial, trials, results, "promoted: the best that is left"):
+                return True
+        return False
+
+    def _promote(self, trial: TrialRow, trials: list[TrialRow], results: Results, reason: str) -> bool:
+        woken = replace(trial, state="waiting", target=max(trial.target, trial.rung + 1))
+        if not self._affordable(woken, trials, results):
+            return False
+        self._change(woken, "waiting", reason, target=woken.target, turn=self._next_turn(trials))
+        return True
+
+    def _affordable(self, trial: TrialRow, trials: list[TrialRow], results: Results) -> bool:
+        """Whether a trial that joins can reach its end, and all can reach their next decision."""
+        joined = [t for t in trials if t.number != trial.number] + [trial]
+        money = self._funds(joined, results)
+        if money.cost(self.projector.to_end(trial).mean) > money.left_now:
+            return False
+        return triage.projected_spend(money, joined, self.projector) <= money.balances.cap
+
+    def _ask(self, trials: list[TrialRow], results: Results) -> bool:
+        """Asks for a new trial; True if there is one more to consider."""
+        search = self.study.spec.search
+        if self._refused >= MAX_REFUSED or (search.trials is not None and len(trials) >= search.trials):
+            return False
+        number = len(trials)
+        # If not even the cheapest configuration can be paid, nothing is asked.
+        examples, seed = self.projector.plan.examples, self.study.spec.seed
+        cheapest = [space.typical(method, search, examples, seed, number) for method in search.method]
+        if not any(self._affordable(self._newcomer(config), trials, results) for config in cheapest):
+            return False
+        paused = {t.number: t.rung for t in trials if t.state == "paused"}
+        diverged = {t.number for t in trials if t.diverged}
+        _, chosen = self.memory.ask(number, lambda trial: space.suggest(trial, search), paused, diverged)
+        config = space.config(number, chosen, search, examples, seed)
+        affordable = self._affordable(self._newcomer(config), trials, results)
+        with self.store.write() as connection:
+            records.add_trial(connection, self.name, config, self._next_turn(trials))
+            records.note(connection, self.name, "asked", f"trial {number}: {space.describe(config)}", number)
+        if affordable:
+            self._refused = 0
+        else:
+            self._refused += 1
+            needed = self._funds(trials, results)
+            end = usd(needed.cost(self.projector.to_end(self._newcomer(config)).mean))
+            reason = f"not started: its end is forecast at {end}, {usd(max(needed.left_now, 0))} are left"
+            self._end(self._newcomer(config), "pruned", reason)
+        return True
+
+    @staticmethod
+    def _newcomer(config: TrialConfig) -> TrialRow:
+        """A trial that was just asked, as its row will be."""
+        return TrialRow(
+            number=config.number,
+            config=config,
+            state="waiting",
+            target=0,
+            rung=-1,
+            step=0,
+            tokens=0,
+            loss=None,
+            full_loss=None,
+            train_loss=None,
+            checkpoint=None,
+            checkpoint_tokens=0,
+            reason="",
+            diverged=False,
+            turn=0,
+            slot=None,
+            attempt=None,
+            told=False,
+        )
+
+    @staticmethod
+    def _slot_free(worker: WorkerRow, trial: TrialRow, trials: list[TrialRow]) -> bool:
+        """A worker trains one method at a time, so many at once as it has slots."""
+        seated = [t for t in trials if t.slot == worker.id]
+        same = all(t.config.method == trial.config.method for t in seated)
+        return same and len(seated) < worker.slots.get(trial.config.method, 0)
+
+    def _admit(self, worker: WorkerRow, trial: TrialRow) -> None:
+        with self.store.write() as connection:
+            mine = (tables.attempt.c.study == self.name) & (tables.attempt.c.trial == trial.number)
+            count = len(connection.execute(tables.attempt.select().where(mine)).all())
+            attempt = f"{self.name}:t{trial.number}:a{count + 1}:w{worker.ordinal}"
+            values = {"study": self.name, "trial": trial.number, "worker": worker.id, "tokens": trial.tokens}
+            connection.execute(tables.attempt.insert().values(id=attempt, from_tokens=trial.tokens, **values))
+            records.set_trial(connection, self.name, trial.number, state="live", slot=worker.id, attempt=attempt)
+
+    @staticmethod
+    def _next_turn(trials: list[TrialRow]) -> int:
+        return max((t.turn for t in trials), default=0) + 1
+
+    # Instruct
+
+    def _instruct(self) -> None:
+        worker = self._worker()
+        if worker is None:
+            return
+        trials, _ = self._trials()
+        self._stop_if_done(worker, trials)
+        if worker.state == "ready" and not self._stopping:
+            self.instructor.instruct(self.study, worker, trials, self._slice(worker))
+
+    # Stop
+
+    def _stop_if_done(self, worker: WorkerRow, trials: list[TrialRow]) -> None:
+        idle = not any(t.state in records.RUNNING or t.slot == worker.id for t in trials)
+        # On recorded timings no clock ends the final slice, so we do.
+        used_up = self.study.spec.machine.timings is not None and worker.final and worker.at_ms >= worker.work_ms
+        if self._stopping or not (self.interrupted or idle or used_up):
+            return
+        if self.launcher.send(Path(worker.folder), Stop(fence=self.study.fence, within_ms=STOP_MS)):
+            self._stopping = True
+
+    def _final(self) -> bool:
+        worker = self._worker()
+        return worker is not None and worker.final
+
+    def _over(self) -> bool:
+        if self._worker() is not None:
+            return False
+        trials, _ = self._trials()
+        running = any(t.state in records.RUNNING for t in trials)
+        return self._stopping or self.interrupted or not running
+
+    def _park(self) -> None:
+        """What still waits when the study ends keeps its checkpoint and its claim to the next rung."""
+        trials, _ = self._trials()
+        for trial in trials:
+            if trial.state in records.RUNNING and not self.interrupted and not self._disk_message:
+                self._change(trial, "paused", "parked: the cap was reached")
+
+    # What the steps share
+
+    def _worker(self) -> WorkerRow | None:
+        with self.store.read() as connection:
+            living = records.workers(connection, self.name, living=True)
+        return living[0] if living else None
+
+    def _trials(self) -> tuple[list[TrialRow], Results]:
+        with self.store.read() as connection:
+            trials = records.trials(connection, self.name)
+            rows = records.evaluations(connection, self.name)
+        return trials, Results((row.trial, row.rung, row.loss) for row in rows)
+
+    def _replay_memory(self) -> None:
+        """Tells Optuna what it may have missed: the step between our commit and its own."""
+        trials, results = self._trials()
+        untold = [t for t in trials if not t.told]
+        for trial in untold:
+            for rung in range(trial.rung + 1):
+                loss = results.losses.get(rung, {}).get(trial.number)
+                if loss is not None and not trial.diverged and trial.state != "judging":
+                    self.memory.report(trial.number, rung, loss)
+            if trial.state in records.ENDED:
+                self._tell(trial)

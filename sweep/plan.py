@@ -1,0 +1,81 @@
+"""What a cap buys, before a cent is spent: lengths, and forecasts of one run of each method from priors alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from budgets.forecast import Seconds
+from budgets.money import affordable_ms, cost_micros
+from sweep import space
+from sweep.projection import Plan, Projector
+from sweep.spec import Method, SearchSpec, Spec
+
+MIN_RUNG_ROWS = 16
+EVALUATION_SHARE = 0.1  # rungs may cost this share of the training that they judge
+FORWARD_SHARE = 1 / 3  # an evaluated token costs a forward pass, a trained one about three
+
+
+def lengths(search: SearchSpec, splits: dict[str, Any]) -> Plan:
+    """Derives run, rungs and the rungs' validation rows from the prepared data."""
+    train, validation = splits["train"], splits["validation"]
+    examples = space.run_examples(search, train["rows"])
+    run_tokens = round(examples * train["tokens"] / train["rows"])
+    row_tokens = validation["tokens"] / validation["rows"]
+    affordable = EVALUATION_SHARE * run_tokens / (FORWARD_SHARE * max(len(search.rungs), 1) * row_tokens)
+    rows = min(max(math.floor(affordable), MIN_RUNG_ROWS), validation["rows"])
+    return Plan(
+        examples=examples,
+        run_tokens=run_tokens,
+        rungs=tuple(max(round(share * run_tokens), 1) for share in search.rungs),
+        rung_rows=rows,
+        rung_tokens=round(rows * row_tokens),
+        validation_tokens=validation["tokens"],
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a method to its end, from priors: cost in micro-dollars with its 80 % interval."""
+
+    method: Method
+    cost: int
+    low: int
+    high: int
+    affordable: int  # how many of these the cap would pay for, one after the other
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What `launch` shows before it asks."""
+
+    cap: int
+    micros_per_hour: int
+    seconds: float  # of machine time that the cap pays for
+    plan: Plan
+    first_rung: int  # micro-dollars to bring one LoRA (or else full) trial to its first decision
+    runs: list[Run]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def outline(spec: Spec, facts: dict[str, Any], micros_per_hour: int) -> Outline:
+    """Forecasts from priors what the cap buys. Nothing was measured yet, so intervals are wide."""
+    lengths = Plan(**{**facts["plan"], "rungs": tuple(facts["plan"]["rungs"])})
+    projector = Projector(lengths, facts["parameters"], facts["device"], facts["cores"])
+    cap = spec.budget.cap
+
+    def price(seconds: float) -> int:
+        return cost_micros(micros_per_hour, round(1000 * seconds))
+
+    runs, first = [], 0
+    for method in spec.search.method:
+        config = space.typical(method, spec.search, lengths.examples, spec.seed)
+        whole: Seconds = projector.train(config, lengths.run_tokens)
+        runs.append(Run(method, price(whole.mean), price(whole.low), price(whole.high), cap // price(whole.mean)))
+        rung = projector.train(config, lengths.until(0) or lengths.run_tokens).mean
+        first = min(first or price(rung), price(rung))
+    return Outline(cap, micros_per_hour, affordable_ms(micros_per_hour, cap) / 1000, lengths, first, runs)

@@ -1,0 +1,186 @@
+"""Rows of our tables as plain objects, and the few statements that read and write them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Table, select, update
+
+from sweep import clock, tables
+from sweep.errors import NotFoundError
+from sweep.spec import Spec
+from trainers.messages import TrialConfig
+
+RUNNING = ("waiting", "live", "judging")
+ENDED = ("completed", "pruned", "failed")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's row; `facts` is what was seen before the first hold (model, data, price, rungs)."""
+
+    name: str
+    spec: Spec
+    facts: dict[str, Any]
+    state: str
+    fence: int
+    folder: str
+    micros_per_hour: int
+    base_loss: float | None
+    base_rung_loss: float | None
+    created_unix_ms: int
+    outcome: str
+    last_boot_ms: int | None
+    boot_id: str | None
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """A trial's row; losses in nats a completion token, see sweep/tables.py for the states."""
+
+    number: int
+    config: TrialConfig
+    state: str
+    target: int
+    rung: int
+    step: int
+    tokens: int
+    loss: float | None
+    full_loss: float | None
+    train_loss: float | None
+    checkpoint: str | None
+    checkpoint_tokens: int
+    reason: str
+    diverged: bool
+    turn: int
+    slot: str | None
+    attempt: str | None
+    told: bool
+
+    @property
+    def promoted(self) -> bool:
+        """Whether it was sent beyond its last rung."""
+        return self.target > self.rung
+
+
+@dataclass(frozen=True)
+class WorkerRow:
+    """A worker's row; all times in ms on its own meter but `origin_boot_ms`."""
+
+    id: str
+    ordinal: int
+    state: str
+    folder: str
+    hold: str
+    slice: int
+    final: bool
+    micros_per_hour: int
+    origin_boot_ms: int
+    boot_id: str
+    paid_ms: int
+    work_ms: int
+    settled_ms: int
+    settled_usage: dict[str, int]
+    at_ms: int
+    usage: dict[str, int]
+    offset: int
+    slots: dict[str, int]
+    device: str | None
+    load_ms: int | None
+    exit_code: int | None
+    why: str
+
+
+def study(connection: Connection, name: str) -> Study:
+    """Reads one study. Raises NotFoundError."""
+    row = connection.execute(select(tables.study).where(tables.study.c.name == name)).mappings().one_or_none()
+    if row is None:
+        raise NotFoundError(f"there is no study {name}", "`sweep list` shows the studies of this database")
+    values = dict(row)
+    values["spec"] = Spec.model_validate(json.loads(values["spec"]))
+    values["facts"] = json.loads(values["facts"])
+    return Study(**values)
+
+
+def study_names(connection: Connection) -> list[str]:
+    """Names of all studies, oldest first."""
+    query = select(tables.study.c.name).order_by(tables.study.c.created_unix_ms, tables.study.c.name)
+    return list(connection.execute(query).scalars())
+
+
+def trials(connection: Connection, name: str) -> list[TrialRow]:
+    """All trials of a study by number."""
+    query = select(tables.trial).where(tables.trial.c.study == name).order_by(tables.trial.c.number)
+    found = []
+    for row in connection.execute(query).mappings():
+        values = {key: row[key] for key in row if key != "study"}
+        values |= {"config": TrialConfig(**json.loads(row["config"]))}
+        values |= {"diverged": bool(row["diverged"]), "told": bool(row["told"])}
+        found.append(TrialRow(**values))
+    return found
+
+
+def workers(connection: Connection, name: str, *, living: bool = False) -> list[WorkerRow]:
+    """The workers of a study in order; `living` leaves out those that ended."""
+    query = select(tables.worker).where(tables.worker.c.study == name).order_by(tables.worker.c.ordinal)
+    if living:
+        query = query.where(tables.worker.c.state != "ended")
+    found = []
+    for row in connection.execute(query).mappings():
+        values = {key: row[key] for key in row if key != "study"}
+        for key in ("settled_usage", "usage", "slots"):
+            values[key] = json.loads(row[key])
+        found.append(WorkerRow(**(values | {"final": bool(row["final"])})))
+    return found
+
+
+def evaluations(connection: Connection, name: str) -> Sequence[Any]:
+    """All evaluations of a study, in the order of trial and rung."""
+    query = select(tables.evaluation).where(tables.evaluation.c.study == name)
+    return connection.execute(query.order_by(tables.evaluation.c.trial, tables.evaluation.c.rung)).all()
+
+
+def add_trial(connection: Connection, name: str, config: TrialConfig, turn: int) -> None:
+    """Adds a waiting trial."""
+    text = json.dumps(dataclasses.asdict(config))
+    connection.execute(
+        tables.trial.insert().values(study=name, number=config.number, config=text, state="waiting", turn=turn)
+    )
+
+
+def set_trial(connection: Connection, name: str, number: int, **values: Any) -> None:
+    """Updates columns of one trial."""
+    _one(connection, tables.trial, (tables.trial.c.study == name) & (tables.trial.c.number == number), values)
+
+
+def set_worker(connection: Connection, identifier: str, **values: Any) -> None:
+    """Updates columns of one worker; dictionaries are stored as JSON."""
+    values = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()}
+    _one(connection, tables.worker, tables.worker.c.id == identifier, values)
+
+
+def set_study(connection: Connection, name: str, **values: Any) -> None:
+    """Updates columns of one study."""
+    _one(connection, tables.study, tables.study.c.name == name, values)
+
+
+def _one(connection: Connection, table: Table, where: Any, values: dict[str, Any]) -> None:
+    changed = connection.execute(update(table).where(where).values(**values))
+    if changed.rowcount != 1:
+        raise RuntimeError(f"{table.name}: {changed.rowcount} rows instead of one")
+
+
+def note(connection: Connection, name: str, kind: str, text: str, trial: int | None = None) -> None:
+    """Appends to the study's log, which people read and no decision does."""
+    values = {"study": name, "unix_ms": clock.unix_ms(), "kind": kind, "trial": trial, "text": text}
+    connection.execute(tables.log.insert().values(**values))
+
+
+def log_after(connection: Connection, name: str, last: int) -> Sequence[Any]:
+    """Log rows with an id over `last`, in order."""
+    query = select(tables.log).where(tables.log.c.study == name, tables.log.c.id > last).order_by(tables.log.c.id)
+    return connection.execute(query).all()

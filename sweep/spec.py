@@ -1,0 +1,226 @@
+"""The YAML spec as frozen models that refuse unknown keys, naming the key, the nearest known one and the line.
+
+What a user leaves out has a default here and nowhere else; the resolved copy is stored with the study.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from budgets.money import MICROS, MoneyError, parse_rate, parse_usd
+from sweep.errors import SpecError
+
+Method = Literal["lora", "full"]
+Targets = Literal["attention", "mlp", "all-linear"]
+
+
+def _exact(micros: int) -> str:
+    return f"${(Decimal(micros) / MICROS).normalize():f}"
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+Usd = Annotated[int, BeforeValidator(parse_usd), Field(gt=0), PlainSerializer(_exact)]
+HourlyRate = Annotated[int, BeforeValidator(parse_rate), Field(gt=0), PlainSerializer(lambda m: f"{_exact(m)}/hour")]
+T = typing.TypeVar("T")
+Choices = Annotated[tuple[T, ...], BeforeValidator(_listed), Field(min_length=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSpec(_Section):
+    """Rows of prompt/completion, messages or text: JSONL, CSV, Parquet, or a hub data set."""
+
+    train: str
+    validation: Share | str = 0.1  # a share of train, or a file: chooses
+    test: Share | str = 0.1  # a share of train, or a file: read by the endgame alone
+    max_tokens: int = Field(default=1024, ge=8)
+
+
+class MachineSpec(_Section):
+    """What is rented, and when its meter runs."""
+
+    gpu: str | None = None  # looked up in the price list
+    provider: str | None = None
+    price: HourlyRate | None = None  # wins over the list
+    billed_from: Literal["launch", "boot"] = "launch"
+    stop_command: str | None = None
+    device: str = "auto"
+    threads: int | None = Field(default=None, ge=1)  # CPU threads of the worker
+    timings: str | None = None  # a file of seconds a token that replaces the clock: rehearsals and tests
+
+    @model_validator(mode="after")
+    def _priced(self) -> MachineSpec:
+        if self.gpu is None and self.price is None:
+            raise ValueError("needs `gpu` (a listed one, see `sweep prices`) or `price` (such as $1.29/hour)")
+        return self
+
+
+class BudgetSpec(_Section):
+    """The hard cap over everything the study spends."""
+
+    cap: Usd
+
+
+class RangeSpec(_Section):
+    """A continuous range, both ends included."""
+
+    low: float = Field(gt=0)
+    high: float = Field(gt=0)
+    log: bool = True
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RangeSpec:
+        if self.low > self.high:
+            raise ValueError(f"low {self.low:g} is over high {self.high:g}")
+        return self
+
+
+class SearchSpec(_Section):
+    """The space, the length of the longest run, and how trials are compared on the way."""
+
+    method: Choices[Method] = ("lora",)
+    rank: Choices[Annotated[int, Field(ge=1, le=1024)]] = (4, 8, 16, 32, 64)
+    alpha: Choices[Annotated[float, Field(gt=0)]] = (8, 16, 32, 64, 128)
+    targets: Choices[Targets] = ("attention", "mlp", "all-linear")
+    learning_rate: RangeSpec | Choices[Annotated[float, Field(gt=0)]] = RangeSpec(low=1e-5, high=5e-3)
+    batch_size: Choices[Annotated[int, Field(ge=1)]] = (4, 8, 16)
+    epochs: float = Field(default=1.0, gt=0)  # the longest run; a part of an epoch is fine
+    trials: int | None = Field(default=None, ge=1)  # at most this many; None: what the cap pays for
+    live: int = Field(default=4, ge=1)  # trials that take turns
+    rungs: tuple[Share, ...] = (0.05, 0.1, 0.2, 0.4)  # shares of the longest run at which trials are compared
+    eta: int = Field(default=2, ge=2)  # one in eta goes on from a rung
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _rising(self) -> SearchSpec:
+        if list(self.rungs) != sorted(set(self.rungs)):
+            raise ValueError(f"rungs must rise: {list(self.rungs)}")
+        return self
+
+
+class Spec(_Section):
+    """One study, complete."""
+
+    study: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    model: str
+    data: DataSpec
+    machine: MachineSpec
+    budget: BudgetSpec
+    search: SearchSpec = SearchSpec()
+    objective: Literal["validation_loss"] = "validation_loss"
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+    def resolved(self) -> dict[str, Any]:
+        """Returns the spec with every default filled in, as plain JSON; Spec.model_validate reads it back."""
+        return self.model_dump(mode="json")
+
+
+def load(path: Path, overrides: typing.Sequence[str] = (), study: str | None = None, cap: str | None = None) -> Spec:
+    """Reads a spec file; `overrides` are `--set` texts (`search.rank=[8,16]`). Raises SpecError, one line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise SpecError(f"there is no spec file {path}", "start from examples/quickstart.yaml") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} cannot be read: {error}") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise SpecError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(values, dict):
+        raise SpecError(f"{path}: not a spec; it needs at least model, data, machine and budget")
+    values.setdefault("study", path.stem)
+    if study is not None:
+        values["study"] = study
+    for override in [*overrides, *([f"budget.cap={cap}"] if cap is not None else [])]:
+        _set(values, override)
+    return validate(values, str(path), _lines(node))
+
+
+def validate(values: dict[str, Any], where: str, lines: dict[tuple[str, ...], int] | None = None) -> Spec:
+    """Checks plain values. Raises SpecError with the first thing that is wrong."""
+    try:
+        return Spec.model_validate(values)
+    except ValidationError as error:
+        raise SpecError(*_explain(error.errors()[0], where, lines or {})) from error
+    except MoneyError as error:
+        raise SpecError(f"{where}: {error}") from error
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise SpecError(f"--set {override!r}: write it as search.rank=[8,16]")
+    *parents, last = key.split(".")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"--set {override!r}: the value is not YAML") from error
+    section = values
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise SpecError(f"--set {override!r}: {parent} is not a section")
+    section[last] = value
+
+
+def _lines(node: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+    found: dict[tuple[str, ...], int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*path, str(key.value))
+            found[here] = key.start_mark.line + 1
+            found |= _lines(value, here)
+    return found
+
+
+def _explain(error: ErrorDetails, where: str, lines: dict[tuple[str, ...], int]) -> tuple[str, str]:
+    path = tuple(
+        str(part)
+        for part in error["loc"]
+        if not str(part).startswith(("function-", "tuple", "Range", "constrained-", "str"))
+    )
+    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
+    place = f"{where}, line {line}" if line else where
+    name = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path[-1], _known(path[:-1]), n=1, cutoff=0.4)
+        known = ", ".join(_known(path[:-1]))
+        return f"{place}: unknown key {name}" + (f"; did you mean {near[0]}?" if near else ""), f"known here: {known}"
+    if error["type"] == "missing":
+        return f"{place}: {name} is missing", "everything has a default but model, data, machine and budget.cap"
+    message = error["msg"].removeprefix("Value error, ")
+    given = error["input"]
+    shown = f" (given: {given!r})" if isinstance(given, str | int | float | list) else ""
+    return f"{place}: {name or 'spec'}: {message[0].lower()}{message[1:]}{shown}", ""
+
+
+def _known(path: tuple[str, ...]) -> list[str]:
+    model: Any = Spec
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+        options = [annotation, *typing.get_args(annotation)]
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)

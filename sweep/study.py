@@ -1,0 +1,131 @@
+"""The sampler's memory: the only file that imports Optuna.
+
+Our tables are the truth; everything here can be replayed. A paused trial stays RUNNING in Optuna's storage, because a
+trial that was told is final, while the sampler is shown it as PRUNED at its last rung: TPE's constant liar would count
+a RUNNING trial among the bad ones. A diverged trial is shown PRUNED without values; told as FAIL it would be ignored
+and the sampler would walk into the same region again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Container, Mapping
+from typing import Any
+
+import optuna
+from optuna.samplers import TPESampler
+from optuna.storages import RDBStorage, get_storage
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from sweep.store import Store, begin_immediate
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+class _ViewedStudy(optuna.Study):
+    """A study whose sampler sees trials as `view` shows them. Samplers read through the private `_get_trials`."""
+
+    view: Callable[[list[FrozenTrial]], list[FrozenTrial]] | None = None
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        trials = super()._get_trials(deepcopy=False, states=None, use_cache=use_cache)
+        shown = self.view(trials) if self.view else trials
+        return [trial for trial in shown if states is None or trial.state in states]
+
+
+class Memory:
+    """One Optuna study, driven by ask and tell."""
+
+    def __init__(self, store: Store, name: str, seed: int) -> None:
+        rdb = RDBStorage(store.optuna_url)
+        if store.is_sqlite:
+            # Optuna builds its engine itself; without these its read-then-write transactions collide with ours.
+            begin_immediate(rdb.engine)
+            rdb.engine.dispose()
+        self._storage = get_storage(rdb)
+        self._rdb = rdb
+        self._seed = seed
+        # The name is the key: this is how Optuna's own load_if_exists works.
+        with contextlib.suppress(optuna.exceptions.DuplicatedStudyError):
+            self._storage.create_new_study([optuna.study.StudyDirection.MINIMIZE], name)
+        self._study = _ViewedStudy(name, self._storage)
+
+    def ask(
+        self,
+        expected: int,
+        suggest: Callable[[Trial], dict[str, Any]],
+        paused: Mapping[int, int],
+        diverged: Container[int],
+    ) -> tuple[int, dict[str, Any]]:
+        """Asks for the trial number `expected` and returns it with its parameters.
+
+        A trial that was asked just before a crash, so that nobody knows it, is adopted as it is. `paused` maps
+        trial numbers to their last rung. The sampler's randomness comes from (study seed, number) alone.
+        """
+        self._study.view = lambda trials: [_shown(t, paused, diverged) for t in trials]
+        self._study.sampler = self._sampler(expected)
+        known = self._study.get_trials(deepcopy=False)
+        adopted = Trial(self._study, known[expected]._trial_id) if len(known) > expected else None
+        trial = adopted or self._study.ask()
+        if trial.number != expected:
+            raise RuntimeError(f"Optuna asked trial {trial.number}, the study is at {expected}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return trial.number, suggest(trial)
+
+    def report(self, number: int, rung: int, loss: float) -> None:
+        """Notes a loss at a rung. The step is the rung's index, as TPE orders pruned trials by step first. Repeatable."""
+        if self._state(number).is_finished() or not math.isfinite(loss):
+            return
+        self._storage.set_trial_intermediate_value(self._id(number), rung, loss)
+
+    def tell(self, number: int, state: str, value: float | None, labels: Mapping[str, str | float]) -> None:
+        """Ends a trial: `completed` with its value, `pruned`, or `failed`. Safe to repeat."""
+        if self._state(number).is_finished():
+            return
+        for key, label in labels.items():
+            self._storage.set_trial_user_attr(self._id(number), key, label)
+        end = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[state]
+        self._study.tell(number, value if end is TrialState.COMPLETE else None, state=end, skip_if_finished=True)
+
+    def close(self) -> None:
+        """Closes the database connections."""
+        self._storage.remove_session()
+        self._rdb.engine.dispose()
+
+    def _id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+
+    def _state(self, number: int) -> TrialState:
+        return self._storage.get_trial(self._id(number)).state
+
+    def _sampler(self, number: int) -> TPESampler:
+        digest = hashlib.sha256(f"{self._seed}:{number}".encode()).digest()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return TPESampler(seed=int.from_bytes(digest[:4], "big"), multivariate=True, group=True, constant_liar=True)
+
+
+def _shown(trial: FrozenTrial, paused: Mapping[int, int], diverged: Container[int]) -> FrozenTrial:
+    hidden = trial.number in diverged
+    if not hidden and trial.number not in paused:
+        return trial
+    values = {} if hidden else {s: v for s, v in trial.intermediate_values.items() if s <= paused[trial.number]}
+    return FrozenTrial(
+        number=trial.number,
+        state=TrialState.PRUNED,
+        value=None,
+        datetime_start=trial.datetime_start,
+        datetime_complete=trial.datetime_start,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs=trial.user_attrs,
+        system_attrs=trial.system_attrs,
+        intermediate_values=values,
+        trial_id=trial._trial_id,
+    )

@@ -1,0 +1,84 @@
+"""Projected spend, and who is pruned when it passes the cap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from budgets.ledger import Balances
+from budgets.money import cost_micros, usd
+from sweep.projection import Projector
+from sweep.records import TrialRow, WorkerRow
+from sweep.rungs import Results, promise
+
+
+@dataclass(frozen=True)
+class Funds:
+    """The study's money at one moment of its machine's clock, in micro-dollars."""
+
+    balances: Balances
+    micros_per_hour: int
+    spent_now: int  # what the machine has cost up to now, settled or not
+    prepaid_ms: int  # training time that open holds already pay for
+    overhead: int  # what is forecast beyond trials: a load, if a worker has yet to start
+    finish: int = 0  # what bringing the leading trial from its next decision to its end costs
+
+    @property
+    def left_now(self) -> int:
+        """What may still be used for search: the cap less what the machine has cost and less the reserve."""
+        return self.balances.cap - self.balances.reserve - self.spent_now
+
+    def cost(self, seconds: float) -> int:
+        """The price of machine time."""
+        return cost_micros(self.micros_per_hour, round(seconds * 1000))
+
+
+def funds(
+    balances: Balances, micros_per_hour: int, worker: WorkerRow | None, now_ms: int, load_seconds: float
+) -> Funds:
+    """Reads the money as of `now_ms` on the worker's meter; without a worker a load is still to be paid."""
+    if worker is None:
+        overhead = cost_micros(micros_per_hour, round(load_seconds * 1000))
+        return Funds(balances, micros_per_hour, balances.spent, 0, overhead)
+    used = cost_micros(micros_per_hour, now_ms) - cost_micros(micros_per_hour, worker.settled_ms)
+    loading = worker.state != "ready"
+    overhead = cost_micros(micros_per_hour, max(round(load_seconds * 1000) - now_ms, 0)) if loading else 0
+    prepaid = max(worker.work_ms - now_ms, 0)
+    return Funds(balances, micros_per_hour, balances.spent + max(used, 0), prepaid, overhead)
+
+
+def projected_spend(money: Funds, trials: Sequence[TrialRow], projector: Projector) -> int:
+    """Spent + held + what it takes, beyond what holds already pay for, to bring every live and waiting trial to its
+    next decision + the leading trial's way from there to its end + overhead + the unspent reserve.
+
+    Paused trials cost nothing until promoted. The leader's way is counted so that a study ends with a trained winner
+    and not with many beginnings.
+    """
+    seconds = sum(projector.to_target(t).mean for t in trials if t.state in {"live", "waiting"})
+    beyond = max(seconds - money.prepaid_ms / 1000, 0.0)
+    balances = money.balances
+    return balances.spent + balances.held + money.cost(beyond) + money.finish + money.overhead + balances.reserve
+
+
+def triage(
+    money: Funds, trials: Sequence[TrialRow], results: Results, projector: Projector, eta: int
+) -> list[tuple[TrialRow, str]]:
+    """Returns whom to stop and why: first who cannot be brought to an end, then the least promising until it fits."""
+    running = [t for t in trials if t.state in {"live", "waiting"}]
+    stopped: list[tuple[TrialRow, str]] = []
+    for trial in running:
+        needed = money.cost(projector.to_end(trial).mean)
+        if needed > money.left_now:
+            stopped.append((trial, f"its end is forecast at {usd(needed)}, {usd(max(money.left_now, 0))} are left"))
+    gone = {trial.number for trial, _ in stopped}
+    running = [t for t in running if t.number not in gone]
+    limit = money.balances.cap
+    while running:
+        projected = projected_spend(money, running, projector)
+        if projected <= limit:
+            break
+        worst = max(running, key=lambda t: (promise(t, results, eta), t.number))
+        place = f"ranked last of {len(running)} at {worst.tokens:,} tokens"
+        stopped.append((worst, f"projected {usd(projected)} of {usd(limit)}; {place}"))
+        running.remove(worst)
+    return stopped

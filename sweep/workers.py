@@ -1,0 +1,230 @@
+"""A worker's life as the ledger sees it: paid for, launched, renewed, seen out; and found again after a crash.
+
+intended ──launch──> started ──ready event──> ready ──> ended
+   └── fenced off before it started: its hold is void
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection
+
+from budgets.ledger import Ledger
+from budgets.meter import account_of, charges
+from budgets.money import usd
+from sweep import records, slices, tables
+from sweep.apply import apply, end_attempt, rewind
+from sweep.errors import InvariantError, WorkerError
+from sweep.launchers.base import Launcher, LaunchError
+from sweep.projection import Projector
+from sweep.records import Study, WorkerRow
+from sweep.slices import Lengths
+from sweep.store import Store
+from trainers.messages import WorkerJob
+
+DEATH_SECONDS = 30.0  # how long a fenced worker may take to die before it is killed by hand
+
+
+class Workers:
+    """Starts, pays for and buries the workers of one study."""
+
+    def __init__(self, store: Store, study: Study, launcher: Launcher, projector: Projector) -> None:
+        self.store = store
+        self.study = study
+        self.launcher = launcher
+        self.projector = projector
+        self._ended_at: int | None = None  # the machine's clock when the last worker of this run ended
+
+    def lengths(self) -> Lengths:
+        """The lengths of paid time, from the forecasts as they stand."""
+        search = self.study.spec.search
+        with self.store.read() as connection:
+            cap = Ledger(connection, self.study.name).balances().cap
+        checkpoint = max(self.projector.checkpoint(m).mean for m in search.method)
+        load = self.projector.load()
+        measured = self.projector.forecast.measured("load") > 0
+        return Lengths(
+            load=round(1000 * (1.5 * load.mean if measured else max(3 * load.mean, 30.0))),
+            slice=slices.slice_ms(cap, self.study.micros_per_hour, checkpoint),
+            tail=slices.tail_ms(self.projector.tail(search.method, slots=1).high),
+        )
+
+    def now_ms(self, worker: WorkerRow) -> int:
+        """The worker's meter now; with recorded timings, its last report."""
+        if self.study.spec.machine.timings is not None:
+            return worker.at_ms
+        return max(self.launcher.boot()[1] - worker.origin_boot_ms, worker.at_ms)
+
+    def launch(self) -> None:
+        """Pays for a worker and starts it. Raises BudgetError, InvariantError, WorkerError."""
+        lengths = self.lengths()
+        boot_id, now = self.launcher.boot()
+        with self.store.write() as connection:
+            ordinal = len(records.workers(connection, self.study.name)) + 1
+            identifier = f"{self.study.name}:w{ordinal:03d}"
+            folder = Path(self.study.folder) / "workers" / f"{ordinal:03d}"
+            work, paid, final = slices.open_slice(connection, self.study, identifier, lengths)
+            connection.execute(
+                tables.worker.insert().values(
+                    id=identifier,
+                    study=self.study.name,
+                    ordinal=ordinal,
+                    state="intended",
+                    folder=str(folder),
+                    hold=slices.hold_id(identifier, 1),
+                    slice=1,
+                    final=int(final),
+                    micros_per_hour=self.study.micros_per_hour,
+                    # The machine's time since the last worker's end is paid for by the next one.
+                    origin_boot_ms=now if self._ended_at is None else self._ended_at,
+                    boot_id=boot_id,
+                    paid_ms=paid,
+                    work_ms=work,
+                )
+            )
+            records.note(connection, self.study.name, "launch", f"worker {ordinal} starts")
+        worker = self._row(identifier)
+        try:
+            self.launcher.start(self._job(worker, lengths), folder)
+        except LaunchError as error:
+            self.bury(worker, observed=True)
+            raise WorkerError(str(error), f"see {folder / 'watchdog.log'}") from error
+        with self.store.write() as connection:
+            records.set_worker(connection, identifier, state="started")
+
+    def renew(self, worker: WorkerRow) -> WorkerRow:
+        """Settles the open slice and pays for the next; returns the worker's new row."""
+        with self.store.write() as connection:
+            slices.renew(connection, self.study, worker, self.now_ms(worker), self.lengths())
+        return self._row(worker.id)
+
+    def bury(self, worker: WorkerRow, *, observed: bool) -> None:
+        """Settles a worker that is dead and gives its trials back to the queue.
+
+        Charged is what the watchdog recorded; without its last record, up to now if the death was observed just now,
+        else the whole hold. A worker that never started costs nothing.
+        """
+        folder = Path(worker.folder)
+        record = self.launcher.read_usage(folder)
+        never_started = record is None and not (folder / "watchdog.json").exists()
+        with self.store.write() as connection:
+            if never_started:
+                Ledger(connection, self.study.name).void(worker.hold, fence=self.study.fence)
+                ended_ms, how = 0, "never started"
+            elif record is not None and record.ended:
+                ended_ms, how = max(record.ms, worker.at_ms), record.why
+                slices.settle(connection, self.study, worker, ended_ms, self._rest(connection, worker), how)
+            elif observed:
+                ended_ms, how = self.now_ms(worker), "lost its watchdog"
+                slices.settle(connection, self.study, worker, ended_ms, self._rest(connection, worker), how)
+            else:
+                ended_ms, how = worker.paid_ms, "no record of its end: its slice is charged in full"
+                self._expire(connection, worker, how)
+            self._lose_trials(connection, worker)
+            values: dict[str, Any] = {"state": "ended", "why": worker.why or how}
+            values["exit_code"] = record.exit_code if record else None
+            records.set_worker(connection, worker.id, **values)
+            self._ended_at = worker.origin_boot_ms + ended_ms
+            records.set_study(connection, self.study.name, last_boot_ms=self._ended_at, boot_id=worker.boot_id)
+            cost = usd(Ledger(connection, self.study.name).balances().spent)
+            text = f"worker {worker.ordinal} ended after {ended_ms / 1000:.1f} s ({how}); spent {cost}"
+            records.note(connection, self.study.name, "ended", text)
+
+    def recover(self) -> None:
+        """Takes over what an earlier orchestrator left: reattaches to a living worker, settles a dead one."""
+        with self.store.read() as connection:
+            living = records.workers(connection, self.study.name, living=True)
+        for worker in living:
+            folder = Path(worker.folder)
+            if not self.launcher.fence_off(folder):
+                with self.store.write() as connection:
+                    if worker.state == "intended":
+                        records.set_worker(connection, worker.id, state="started")
+                    records.note(connection, self.study.name, "reattach", f"worker {worker.ordinal} lives; reattached")
+                continue
+            if not self.launcher.wait_dead(folder, DEATH_SECONDS):
+                self.launcher.stop(folder)
+                if not self.launcher.wait_dead(folder, DEATH_SECONDS):
+                    raise WorkerError(f"worker {worker.ordinal} does not die", f"see {folder / 'watchdog.json'}")
+            self.bury(self.drain(worker), observed=False)
+        if not living:
+            self._charge_gap()
+
+    def drain(self, worker: WorkerRow) -> WorkerRow:
+        """Applies every event that a dead worker left."""
+        for offset, event in self.launcher.read_events(Path(worker.folder), worker.offset):
+            with self.store.write() as connection:
+                apply(connection, self.study, worker, event, offset)
+        return self._row(worker.id)
+
+    def _row(self, identifier: str) -> WorkerRow:
+        with self.store.read() as connection:
+            return next(w for w in records.workers(connection, self.study.name) if w.id == identifier)
+
+    def _job(self, worker: WorkerRow, lengths: Lengths) -> WorkerJob:
+        spec = self.study.spec
+        return WorkerJob(
+            worker=worker.id,
+            command=self.launcher.worker_command(Path(worker.folder)),
+            model=spec.model,
+            data=str(Path(self.study.folder) / "data"),
+            rung_rows=self.projector.plan.rung_rows,
+            origin_boot_ms=worker.origin_boot_ms,
+            boot_id=worker.boot_id,
+            fence=self.study.fence,
+            paid_ms=worker.paid_ms,
+            work_ms=worker.work_ms,
+            checkpoint_ms=lengths.slice,
+            grace_ms=slices.GRACE_MS,
+            device=spec.machine.device,
+            threads=spec.machine.threads,
+            timings=spec.machine.timings,
+            stop_command=spec.machine.stop_command,
+        )
+
+    def _rest(self, connection: Connection, worker: WorkerRow) -> str:
+        """Whose the time is between a worker's last report and its end."""
+        if worker.state != "ready":
+            return "load"
+        alive = [t for t in records.trials(connection, self.study.name) if t.slot == worker.id and t.state == "live"]
+        return f"trial:{alive[0].number}" if alive else "teardown"
+
+    def _expire(self, connection: Connection, worker: WorkerRow, note: str) -> None:
+        rest = self._rest(connection, worker)
+        weights: Mapping[str, int] = charges(
+            worker.micros_per_hour, worker.settled_ms, worker.paid_ms, worker.settled_usage, worker.usage, rest
+        )
+        Ledger(connection, self.study.name).expire(
+            worker.hold, weights or {account_of(rest): 1}, fence=self.study.fence, note=note
+        )
+        records.set_worker(connection, worker.id, settled_ms=worker.paid_ms)
+
+    def _lose_trials(self, connection: Connection, worker: WorkerRow) -> None:
+        for trial in records.trials(connection, self.study.name):
+            if trial.slot == worker.id:
+                rewind(connection, self.study.name, trial)
+                if trial.attempt:
+                    end_attempt(connection, trial.attempt, "lost")
+
+    def _charge_gap(self) -> None:
+        """On a machine that is billed from its boot, the time between a crash and the resume is idle time, and paid."""
+        study = self.study
+        if study.spec.machine.billed_from != "boot" or study.last_boot_ms is None:
+            return
+        boot_id, now = self.launcher.boot()
+        if boot_id != study.boot_id or now <= study.last_boot_ms:
+            return  # another boot: what this machine cost before the launch is not known to us
+        gap = charges(study.micros_per_hour, study.last_boot_ms, now, {}, {}, "idle")
+        with self.store.write() as connection:
+            ledger = Ledger(connection, study.name)
+            for code, amount in gap.items():
+                ledger.charge(f"{study.name}:gap:{now}", code, amount, note="the machine waited for the resume")
+            records.set_study(connection, study.name, last_boot_ms=now)
+            seconds = (now - study.last_boot_ms) / 1000
+            records.note(connection, study.name, "gap", f"the machine waited {seconds:.0f} s for the resume: charged")
+            if ledger.balances().frozen:
+                overrun = usd(ledger.balances().overrun)
+                raise InvariantError(f"the machine's wait for the resume passed the cap by {overrun}")

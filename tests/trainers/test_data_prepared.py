@@ -1,0 +1,260 @@
+"""Data: what is read, masked, split, dropped and refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from conftest import lora_trial
+from transformers import PreTrainedTokenizerFast
+
+from trainers import data, rows
+from trainers.data import DataError, Example, batches, load_split, order, prepare
+
+PAIRS = [{"prompt": f"the dog {i} ->", "completion": f" sleeps {i}"} for i in range(10)]
+TALK = [
+    {"role": "user", "content": "the dog"},
+    {"role": "assistant", "content": "runs"},
+    {"role": "user", "content": "a cat"},
+    {"role": "assistant", "content": "sleeps"},
+]
+
+
+def write(path: Path, values: list[dict[str, Any]]) -> Path:
+    """Writes rows as JSONL, CSV or Parquet, by extension."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(v) + "\n" for v in values))
+    else:
+        table = datasets.Dataset.from_list(values)
+        table.to_csv(path) if path.suffix == ".csv" else table.to_parquet(path)
+    return path
+
+
+def run(tokenizer: PreTrainedTokenizerFast, folder: Path, train: Path | str, **changes: Any) -> dict[str, Any]:
+    """Prepares with defaults."""
+    options = {"validation": 0.2, "test": 0.2, "max_tokens": 64, "seed": 3, "model": "tiny", **changes}
+    return prepare(tokenizer, train=str(train), folder=folder, **options)
+
+
+def all_examples(folder: Path) -> list[Example]:
+    """The examples of all splits."""
+    splits = [load_split(folder, name) for name in data.SPLITS]
+    return [split[row] for split in splits for row in range(split.rows)]
+
+
+def trained_text(tokenizer: PreTrainedTokenizerFast, example: Example) -> str:
+    """What an example's loss is over."""
+    return tokenizer.decode(example.ids[example.mask == 1])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_pairs_train_on_completion_and_end_token(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, suffix: str
+) -> None:
+    """Every file format gives the same examples; loss is on completion and end token, which is the pad token too."""
+    summary = run(tokenizer, tmp_path / "out", write(tmp_path / f"rows{suffix}", PAIRS))
+    examples = all_examples(tmp_path / "out")
+    assert {trained_text(tokenizer, e) for e in examples} == {f" sleeps {i}<|im_end|>" for i in range(10)}
+    assert {tokenizer.decode(e.ids) for e in examples} == {f"the dog {i} -> sleeps {i}<|im_end|>" for i in range(10)}
+    counts = summary["splits"]
+    assert [counts[name]["rows"] for name in data.SPLITS] == [6, 2, 2]
+    assert counts["train"]["completion_tokens"] == int(load_split(tmp_path / "out", "train").mask.sum())
+    assert summary["sources"]["train"]["bytes"] == (tmp_path / f"rows{suffix}").stat().st_size
+    assert not list((tmp_path / "out").glob(".tmp*")), "scratch must not stay behind"
+    assert json.loads((tmp_path / "out" / "data.json").read_text()) == summary
+
+
+def test_csv_cells_stay_text(tmp_path: Path) -> None:
+    """A CSV cell that looks like a number or a gap is text as it stands."""
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion\n1,007\nb,NA\n")
+    assert [row.values["completion"] for row in rows.read(str(path), tmp_path).rows] == ["007", "NA"]
+
+
+def test_conversations_train_on_assistant_turns(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Of a conversation, what each assistant turn says and its end token is trained, and nothing the template adds."""
+    talks = [{"messages": [*TALK, {"role": "user", "content": str(i)}, TALK[1]]} for i in range(6)]
+    run(tokenizer, tmp_path / "out", write(tmp_path / "rows.jsonl", talks), max_tokens=200)
+    for example in all_examples(tmp_path / "out"):
+        assert trained_text(tokenizer, example) == "runs<|im_end|>sleeps<|im_end|>runs<|im_end|>"
+
+
+def test_text_trains_on_all_but_the_first_token(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A text row is trained from its second token to its end token."""
+    run(tokenizer, tmp_path / "out", write(tmp_path / "rows.jsonl", [{"text": f"the river {i}"} for i in range(6)]))
+    for example in all_examples(tmp_path / "out"):
+        assert example.mask.tolist() == [0] + [1] * (len(example.ids) - 1)
+        assert example.ids[-1] == tokenizer.eos_token_id
+
+
+def test_start_token_only_where_the_tokenizer_adds_it(
+    tokenizer: PreTrainedTokenizerFast, model_folder: Path, tmp_path: Path
+) -> None:
+    """A tokenizer that starts every text with a token gets it once, at the start of the prompt."""
+    from tokenizers.processors import TemplateProcessing
+
+    starting = PreTrainedTokenizerFast.from_pretrained(model_folder, bos_token="<|endoftext|>")
+    path = write(tmp_path / "rows.jsonl", PAIRS)
+    run(starting, tmp_path / "plain", path)
+    assert starting.bos_token_id not in np.concatenate([e.ids for e in all_examples(tmp_path / "plain")])
+    starting.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", starting.bos_token_id)]
+    )
+    run(starting, tmp_path / "started", path)
+    for example in all_examples(tmp_path / "started"):
+        assert np.flatnonzero(example.ids == starting.bos_token_id).tolist() == [0]
+
+
+def test_cut_rows_and_duplicates_are_dropped_and_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A row whose completion lies wholly beyond max_tokens is dropped, a longer one cut; a duplicate row stays once."""
+    long_prompt = {"prompt": "the " * 40, "completion": " dog"}
+    long_completion = {"prompt": "the", "completion": " dog" * 40}
+    path = write(tmp_path / "rows.jsonl", [*PAIRS, PAIRS[0], PAIRS[3], long_prompt, long_completion])
+    summary = run(tokenizer, tmp_path / "out", path, max_tokens=20)
+    assert summary["dropped"] == {"duplicates": 2, "cut": 1}
+    assert summary["truncated"] == 2
+    assert sum(s["rows"] for s in summary["splits"].values()) == 11
+    assert max(len(e.ids) for e in all_examples(tmp_path / "out")) == 20
+
+
+def test_rows_of_the_test_file_leave_training(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A row that is in the test file too is dropped from training: nothing is judged on what it was taught."""
+    held = write(tmp_path / "test.jsonl", PAIRS[:3])
+    summary = run(tokenizer, tmp_path / "out", write(tmp_path / "rows.jsonl", PAIRS), test=str(held))
+    assert {name: s["rows"] for name, s in summary["splits"].items()} == {"train": 6, "validation": 1, "test": 3}
+    assert summary["dropped"]["duplicates"] == 3
+
+
+def test_splits_are_disjoint_and_follow_the_seed(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """The same seed gives the same bytes, another seed another split, and no row is in two splits."""
+    path = write(tmp_path / "rows.jsonl", PAIRS)
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run(tokenizer, tmp_path / name, path, seed=seed)
+    test = [(tmp_path / name / "test.safetensors").read_bytes() for name in "abc"]
+    assert test[0] == test[1] != test[2]
+    examples = [e.ids.tobytes() for e in all_examples(tmp_path / "a")]
+    assert len(examples) == len(set(examples)) == 10
+
+
+def test_order_and_batches_depend_on_the_trial_alone() -> None:
+    """Each epoch is another permutation, batches cut one stream, and rank or learning rate do not change it."""
+    assert sorted(order(50, 7, 0)) == list(range(50))
+    assert order(50, 7, 0).tolist() != order(50, 7, 1).tolist()
+    config = lora_trial(examples=120, batch_size=8)
+    found = batches(config, 50)
+    assert [len(b) for b in found] == [8] * 15
+    stream = np.concatenate(found)
+    assert sorted(stream[:50]) == sorted(stream[50:100]) == list(range(50))
+    other = batches(lora_trial(examples=120, batch_size=8, rank=8, learning_rate=1.0, number=5), 50)
+    assert all((a == b).all() for a, b in zip(found, other, strict=True))
+    assert order(5, 7, 0).tolist() == [1, 2, 4, 0, 3], "the order of rows must never change between versions"
+
+
+BAD = {
+    "missing": ("absent.jsonl", None, ["absent.jsonl: no such file"]),
+    "folder": (".", None, ["is a folder"]),
+    "kind": ("rows.xlsx", "x", ["rows.xlsx: unknown kind of file", ".jsonl"]),
+    "empty": ("rows.jsonl", "", ["rows.jsonl: is empty"]),
+    "no_rows": ("rows.csv", "prompt,completion\n", ["rows.csv: has no rows"]),
+    "corrupt_json": ("rows.jsonl", '{"text": "a"}\n{"text": \n', ["rows.jsonl", "not readable JSONL", "row 2"]),
+    "corrupt_parquet": ("rows.parquet", "garbage", ["rows.parquet", "not readable PARQUET"]),
+    "corrupt_csv": ("rows.csv", "prompt,completion\na,b\nc,d,e,f\n", ["rows.csv", "not readable CSV", "line 3"]),
+    "columns": ("rows.jsonl", '{"question": "a", "answer": "b"}\n', ["question, answer", "prompt and completion"]),
+    "no_completion": (
+        "rows.jsonl",
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": ""}\n',
+        ["row 2: completion is empty"],
+    ),
+    "blank": ("rows.jsonl", '{"text": "a"}\n{"text": "  "}\n', ["row 2: text has no text"]),
+    "number": (
+        "rows.jsonl",
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": 4}\n',
+        ["row 2: completion is int"],
+    ),
+    "role": (
+        "rows.jsonl",
+        '{"messages": [{"role": "human", "content": "a"}]}\n',
+        ["row 1: message 1 has role 'human'", "assistant"],
+    ),
+    "no_assistant": (
+        "rows.jsonl",
+        '{"messages": [{"role": "user", "content": "a"}]}\n',
+        ["row 1: no message is by the assistant"],
+    ),
+    "assistant_first": (
+        "rows.jsonl",
+        '{"messages": [{"role": "assistant", "content": "a"}]}\n',
+        ["row 1: the first message is by the assistant"],
+    ),
+    "no_list": ("rows.jsonl", '{"messages": "hello"}\n', ["row 1: messages is not a list"]),
+    "too_few": ("rows.jsonl", '{"text": "the dog"}\n', ["too few"]),
+    "all_cut": ("rows.jsonl", json.dumps({"prompt": "the " * 90, "completion": "a"}) + "\n", ["raise max_tokens"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_data_is_refused_in_one_line(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, case: str) -> None:
+    """Each kind of bad input names the file, the row where there is one, and what is expected, in one line."""
+    name, content, words = BAD[case]
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError) as caught:
+        run(tokenizer, tmp_path / "out", path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_unreachable_hub_data_set(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: Any) -> None:
+    """A name that is neither a file nor to be had from the hub is refused in one line."""
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach 'nobody/nothing' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(DataError, match=r"nobody/nothing: is no local file .* Couldn't reach"):
+        run(tokenizer, tmp_path / "out", "nobody/nothing")
+
+
+def test_bad_share_and_template(tokenizer: PreTrainedTokenizerFast, model_folder: Path, tmp_path: Path) -> None:
+    """A share that is none, a template that refuses the roles, and one that rewrites earlier turns are refused."""
+    talks = write(tmp_path / "rows.jsonl", [{"messages": TALK}] * 2)
+    with pytest.raises(DataError, match=r"validation: 1\.5 is no share"):
+        run(tokenizer, tmp_path / "out", talks, validation=1.5)
+    strange = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    strange.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match="row 1: the tokenizer's chat template refuses it: roles must alternate"):
+        run(strange, tmp_path / "out", talks)
+    strange.chat_template = "{{ messages[-1]['content'] }}"
+    with pytest.raises(DataError, match="row 1: the chat template rewrites earlier turns"):
+        run(strange, tmp_path / "out", talks)
+
+
+def test_full_disk_leaves_nothing_half_written(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write that fails is an OSError, not a DataError, and leaves no temporary file."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = write(tmp_path / "rows.jsonl", PAIRS)
+    monkeypatch.setattr("trainers.data.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(tokenizer, tmp_path / "out", path)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_damaged_split_is_refused(tmp_path: Path) -> None:
+    """A prepared file that is missing or damaged is refused in one line."""
+    with pytest.raises(DataError, match="prepare the data first"):
+        load_split(tmp_path, "train")
+    (tmp_path / "train.safetensors").write_bytes(b"x" * 20)
+    with pytest.raises(DataError, match="is damaged"):
+        load_split(tmp_path, "train")

@@ -1,0 +1,133 @@
+"""Looks at model and data before anything is paid: `python -m trainers.check REQUEST.json`.
+
+The request is an object with `model`, `train`, `validation`, `test` (a share, a file or data set; `test` may be null),
+`max_tokens`, `seed`, `out_folder`, `methods` (lora, full) and `targets` (attention, mlp, all-linear). The answer is one
+line of JSON on stdout, and nothing else is written there:
+
+    {"ok": true, "parameters": ..., "data": {...}, ...}                               exit code 0
+    {"ok": false, "kind": "model" | "data", "message": "...", "hint": "..."}          exit code 7
+    {"ok": false, "kind": "disk", "message": "...", "hint": "..."}                    exit code 8
+
+No weights are loaded: the model is built on torch's meta device, and of its weights files the headers are opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+BAD_INPUT, DISK_FULL = 7, 8
+
+
+def _silence() -> None:
+    """Keeps the libraries' progress bars, retries and advice off a user's terminal."""
+    import datasets
+    import huggingface_hub
+    import transformers
+
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
+    huggingface_hub.utils.logging.set_verbosity(huggingface_hub.utils.logging.CRITICAL)
+
+
+def _device() -> dict[str, Any]:
+    import torch
+
+    cores = os.process_cpu_count() if sys.version_info >= (3, 13) else len(os.sched_getaffinity(0))
+    if not torch.cuda.is_available():
+        return {"device": "cpu", "cpu_cores": cores, "gpu_memory_bytes": None}
+    properties = torch.cuda.get_device_properties(0)
+    return {"device": properties.name, "cpu_cores": cores, "gpu_memory_bytes": properties.total_memory}
+
+
+def check(request: dict[str, Any]) -> dict[str, Any]:
+    """Checks the model, prepares the data into `out_folder` and returns the answer without `ok` and `seconds`.
+
+    `linear_shapes` is a list of [inputs, outputs, how many]; `trained_parameters_per_rank` is, by kind of targets, how
+    many parameters a LoRA adapter has for each unit of rank. Raises ModelError, DataError and OSError.
+    """
+    from trainers import models
+    from trainers.data import prepare
+
+    folder = models.resolve(request["model"])
+    config = models.load_config(folder)
+    tokenizer = models.load_tokenizer(folder)
+    models.check_weights(folder)
+    model = models.skeleton(config)
+    models.head_of(model)
+    text = config.get_text_config()
+    per_rank = {}
+    for targets in request["targets"] if "lora" in request["methods"] else []:
+        linears = models.target_linears(model, targets).values()
+        per_rank[targets] = sum(m.in_features + m.out_features for m in linears)
+    data = prepare(
+        tokenizer,
+        train=request["train"],
+        validation=request["validation"],
+        test=request["test"],
+        max_tokens=request["max_tokens"],
+        seed=request["seed"],
+        folder=Path(request["out_folder"]),
+        model=request["model"],
+    )
+    return {
+        "parameters": model.num_parameters(),
+        "linear_shapes": models.linear_shapes(model),
+        "trained_parameters_per_rank": per_rank,
+        "hidden_size": text.hidden_size,
+        "layers": text.num_hidden_layers,
+        "vocabulary": text.vocab_size,
+        "model_type": config.model_type,
+        **_device(),
+        "data": data,
+    }
+
+
+def _answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    from trainers.data import DataError
+    from trainers.models import ModelError
+    from trainers.rows import DISK_ERRORS
+
+    begun = time.monotonic()
+    try:
+        found = check(request)
+    except ModelError as error:
+        return BAD_INPUT, _refusal("model", str(error), "model: in the spec names a folder or a hub id")
+    except DataError as error:
+        return BAD_INPUT, _refusal("data", str(error), "data: in the spec names the files and the shares set apart")
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        message = f"{request['out_folder']}: {error.strerror}"
+        return DISK_FULL, _refusal("disk", message, "free some space or work in another folder")
+    return 0, {"ok": True, **found, "seconds": round(time.monotonic() - begun, 3)}
+
+
+def _refusal(kind: str, message: str, hint: str) -> dict[str, Any]:
+    return {"ok": False, "kind": kind, "message": message, "hint": hint}
+
+
+def main(arguments: list[str]) -> int:
+    """Answers the request in the file named by the one argument; returns the exit code."""
+    # Stdout is kept for the answer: whatever a library prints, in Python or below it, goes to stderr.
+    answer_to = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    request = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    _silence()
+    code, answer = _answer(request)
+    with answer_to:
+        answer_to.write(json.dumps(answer) + "\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,79 @@
+"""The Engine protocol: trains every admitted trial over one base model. Nothing above it depends on the number of slots.
+
+Torch-free, so that `replay.py` and tests can implement it without a model. An engine raises TrialFailed for what
+concerns one trial; that trial's slot is free afterwards and its neighbours are untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from trainers.messages import FailureCode, TrialConfig
+
+
+class TrialFailed(Exception):
+    """One trial cannot go on; `code` says why in a word, the message in a sentence."""
+
+    def __init__(self, trial: int, code: FailureCode, message: str) -> None:
+        super().__init__(message)
+        self.trial = trial
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a trial is, over all its attempts."""
+
+    step: int
+    tokens: int
+    done: bool  # the run is complete: step == ceil(examples / batch_size)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sum of negative log-likelihoods (nats) over completion tokens, and their number, over the rung rows and over all rows seen."""
+
+    rung_nll: float
+    rung_tokens: int
+    nll: float
+    completion_tokens: int
+    input_tokens: int  # input tokens that were run through the model
+
+
+class Engine(Protocol):
+    """Trains trials of one method. `slots` is how many at once."""
+
+    slots: int
+
+    def admit(self, config: TrialConfig, checkpoint: Path | None, until_tokens: int | None) -> Position:
+        """Puts the trial in a slot, from its checkpoint or fresh. Raises TrialFailed."""
+
+    def target(self, trial: int, until_tokens: int | None) -> None:
+        """Sets where the trial stands still next: at the first step with tokens >= until_tokens; None is its end."""
+
+    def advance(self, pause: Callable[[], bool]) -> list[int]:
+        """Trains all admitted trials short of their targets until one arrives, or `pause()` is true after a step.
+
+        Returns the trials that stand at their targets. Raises TrialFailed.
+        """
+
+    def position(self, trial: int) -> Position:
+        """Where the trial stands."""
+
+    def train_loss(self, trial: int) -> float:
+        """Mean training loss over the steps since the last call; nan if there were none."""
+
+    def evaluate(self, trial: int | None, rows: int | None) -> Evaluation:
+        """Loss on the first `rows` validation rows (None: all) with the trial's weights; None is the base model."""
+
+    def checkpoint(self, trial: int, folder: Path) -> None:
+        """Writes the trial whole into the new folder: a standard PEFT or transformers folder, plus its optimizer and position.
+
+        Written under a temporary name, fsynced, renamed. Raises OSError; then nothing is left of it.
+        """
+
+    def drop(self, trial: int) -> None:
+        """Frees the trial's slot. The base model is as it was."""

@@ -1,0 +1,1 @@
+"""LoRA training over a frozen base model."""

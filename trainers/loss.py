@@ -1,0 +1,132 @@
+"""Loss of a padding-free batch: the sum of negative log-likelihoods over completion tokens.
+
+Examples stand end to end in one row [1, T] whose position ids restart at each. transformers keeps attention inside
+each example by these alone, provided that there is neither an attention mask nor a cache. Only hidden states that
+predict a completion token meet the head, a chunk at a time, so the logits of a batch never exist at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from trainers.data import Example
+from trainers.models import Base, ModelError
+
+CHUNK_LOGITS = 2**26  # logits computed at once: 256 MiB in fp32
+# Largest relative difference between our loss and the model's own; bf16 rounds differently in every kernel shape.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class FlatBatch:
+    """Examples end to end: `ids` and `positions` int64 [1, T]; hidden state `predict[i]` predicts `targets[i]`, [P]."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    predict: torch.Tensor
+    targets: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Input tokens, T."""
+        return self.ids.shape[1]
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens the loss is over, P."""
+        return self.targets.shape[0]
+
+
+def flat_batch(examples: Sequence[Example], device: torch.device) -> FlatBatch:
+    """Puts examples end to end on a device."""
+    ids = np.concatenate([e.ids for e in examples]).astype(np.int64)
+    mask = np.concatenate([e.mask for e in examples])
+    positions = np.concatenate([np.arange(len(e.ids)) for e in examples])
+    trained = np.flatnonzero(mask)
+
+    def move(array: np.ndarray[Any, Any]) -> torch.Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(device)
+
+    return FlatBatch(move(ids)[None], move(positions)[None], move(trained - 1), move(ids[trained]))
+
+
+class _ChunkedNll(torch.autograd.Function):
+    """Linear layer and cross-entropy in one; gradients are computed along with the loss, while the logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, differentiate: bool
+    ) -> torch.Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        for_hidden = torch.empty_like(hidden) if differentiate and ctx.needs_input_grad[0] else None
+        for_weight = (
+            torch.zeros_like(weight, dtype=torch.float32) if differentiate and ctx.needs_input_grad[1] else None
+        )
+        for start in range(0, hidden.shape[0], rows):
+            part, wanted = hidden[start : start + rows], targets[start : start + rows, None]
+            # log_softmax in fp32, as in transformers' own loss.
+            logp = torch.log_softmax((part @ weight.T).float(), dim=-1)
+            total -= logp.gather(1, wanted).sum()
+            if not differentiate:
+                continue
+            slope = logp.exp_().scatter_add_(1, wanted, logp.new_full(wanted.shape, -1.0)).to(weight.dtype)
+            if for_hidden is not None:
+                for_hidden[start : start + rows] = slope @ weight
+            if for_weight is not None:
+                for_weight += slope.T @ part
+        ctx.save_for_backward(for_hidden, None if for_weight is None else for_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        for_hidden, for_weight = ctx.saved_tensors
+        scale = outer[0]
+        return (
+            None if for_hidden is None else for_hidden * scale.to(for_hidden.dtype),
+            None if for_weight is None else for_weight * scale.to(for_weight.dtype),
+            None,
+            None,
+        )
+
+
+def chunked_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of cross-entropies (nats, fp32 scalar) of `hidden` [P, d] through `weight` [V, d] against `targets` [P]."""
+    return _ChunkedNll.apply(hidden, weight, targets, torch.is_grad_enabled())
+
+
+def completion_nll(decoder: nn.Module, head: nn.Linear, batch: FlatBatch) -> torch.Tensor:
+    """Sum of negative log-likelihoods (nats, fp32 scalar) over the batch's completion tokens."""
+    # A cache or an attention mask would switch the detection of packed examples off, and they would see each other.
+    hidden = decoder(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).last_hidden_state
+    return chunked_nll(hidden[0, batch.predict], head.weight, batch.targets)
+
+
+@torch.no_grad()
+def verify_loss(base: Base, examples: Sequence[Example]) -> None:
+    """Compares the loss of examples in one flat batch with the model's own, one by one.
+
+    Raises ModelError on a mismatch: changed logits, or layers through which packed examples see each other.
+    """
+    theirs, count = 0.0, 0
+    try:
+        ours = completion_nll(base.decoder, base.head, flat_batch(examples, base.device)).item()
+        for example in examples:
+            ids = torch.from_numpy(example.ids.astype(np.int64)).to(base.device)[None]
+            trained = torch.from_numpy(example.mask).to(base.device)[None].bool()
+            loss = base.model(input_ids=ids, labels=ids.masked_fill(~trained, -100), use_cache=False).loss
+            completion = int(example.mask.sum())
+            theirs, count = theirs + loss.item() * completion, count + completion
+    except TypeError as error:
+        raise ModelError(f"{base.name}: does not take position ids ({error}); use another model") from error
+    if not abs(ours - theirs) <= TOLERANCE[base.model.dtype] * max(abs(theirs), 1e-6):
+        raise ModelError(
+            f"{base.name}: the loss over packed examples is {ours / count:.5f} where the model's own is "
+            f"{theirs / count:.5f}: its logits or its attention are not as this program takes them; use another model"
+        )

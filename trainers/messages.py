@@ -1,0 +1,361 @@
+"""The words between orchestrator, watchdog and worker: one JSON object a line, `type` first.
+
+Commands go orchestrator -> watchdog -> worker, events come back the same way. The watchdog appends every
+event to `events.jsonl` in the worker's folder before anyone acts on it, so an orchestrator that died reads
+on from where it stopped. Torch-free: the orchestrator imports this module.
+
+    folder of one worker
+      job.json        WorkerJob, written by the orchestrator before the launch
+      commands        a FIFO: commands, one line each, every line under PIPE_BUF (4,096 bytes), so writes are atomic
+      events.jsonl    what the worker said, in order, fsynced
+      usage.jsonl     UsageRecord lines by the watchdog, fsynced; the last one says how the worker ended
+      watchdog.lock   flock held by the watchdog for its life    worker.lock    the same for the worker
+      watchdog.json   pids of both, for people and for a last-resort kill
+      fenced          written by an orchestrator that took the worker over before it started: it must not start
+
+All times are whole milliseconds on the worker's meter, which starts at the launch (`origin_boot_ms`) and runs on
+CLOCK_BOOTTIME (it counts suspended time too); nothing here is a wall-clock time. All token counts are input tokens
+of training examples, prompt and completion together, unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+Method = Literal["lora", "full"]
+Targets = Literal["attention", "mlp", "all-linear"]
+FailureCode = Literal["diverged", "out_of_memory", "disk", "error"]
+
+MAX_COMMAND_BYTES = 4096  # PIPE_BUF on Linux: a longer write to the FIFO could be torn by a kill
+
+
+class MessageError(ValueError):
+    """A line that is not one of these messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialConfig:
+    """One configuration, complete: what a trial trains depends on this and the data alone, never on its neighbours."""
+
+    number: int
+    method: Method
+    learning_rate: float
+    batch_size: int  # examples an optimizer step
+    examples: int  # length of the whole run; the schedule runs over ceil(examples / batch_size) steps
+    seed: int  # initialisation, data order, dropout
+    rank: int | None = None  # rank, alpha and targets are LoRA's; None for full-parameter training
+    alpha: float | None = None
+    targets: Targets | None = None
+    dropout: float = 0.0
+    warmup: float = 0.05  # share of the steps
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerJob:
+    """What a watchdog needs to start a worker, and the worker to start training (`job.json`)."""
+
+    worker: str
+    command: list[str]  # the worker's argv; the watchdog appends nothing
+    model: str  # a folder or a hub id
+    data: str  # folder of the prepared token files (trainers/data.py)
+    rung_rows: int  # validation rows a rung is judged on: the first ones of the prepared file
+    origin_boot_ms: int  # CLOCK_BOOTTIME at which the meter starts: when the first hold was committed
+    boot_id: str
+    fence: int
+    paid_ms: int
+    work_ms: int
+    checkpoint_ms: int
+    grace_ms: int = 2000  # between SIGTERM and SIGKILL, both before paid_ms
+    heartbeat_ms: int = 1000  # between two usage records
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    threads: int | None = None  # CPU threads; None leaves torch's choice
+    timings: str | None = None  # a file of seconds a token: the meter runs on it instead of the clock (tests, replays)
+    stop_command: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """Base of everything on the wire."""
+
+    type: ClassVar[str]
+
+    def line(self) -> str:
+        """Returns this message as one line of JSON, newline included."""
+        return json.dumps({"type": self.type, **dataclasses.asdict(self)}, separators=(",", ":")) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(Message):
+    """Base of the orchestrator's messages. One whose fence is under the highest seen is ignored: its sender was replaced."""
+
+    fence: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice(Command):
+    """Time paid for, cumulative on the worker's meter. At `work_ms` the worker checkpoints everything and ends; at `paid_ms` its process group is dead."""
+
+    type: ClassVar[str] = "slice"
+    paid_ms: int
+    work_ms: int
+    checkpoint_ms: int  # a live trial that trained this long since its last checkpoint is checkpointed
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateBase(Command):
+    """Evaluate the untrained base model on all validation rows."""
+
+    type: ClassVar[str] = "evaluate_base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admit(Command):
+    """Put a trial into a free slot and train it until it has seen `until_tokens` (None: its whole run). Ignored if it is there already."""
+
+    type: ClassVar[str] = "admit"
+    config: TrialConfig
+    attempt: str
+    folder: str  # the trial's folder: checkpoints are its sub-folders
+    until_tokens: int | None
+    resume: str | None = None  # a checkpoint folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continue(Command):
+    """Train an admitted trial on to its next rung, in place."""
+
+    type: ClassVar[str] = "continue"
+    trial: int
+    until_tokens: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pause(Command):
+    """Checkpoint the trial (unless the last checkpoint is current) and free its slot."""
+
+    type: ClassVar[str] = "pause"
+    trial: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drop(Command):
+    """Free the trial's slot; nothing is written."""
+
+    type: ClassVar[str] = "drop"
+    trial: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop(Command):
+    """Checkpoint every live trial and end. The watchdog kills what is left after `within_ms` (or at paid_ms, if that is sooner)."""
+
+    type: ClassVar[str] = "stop"
+    within_ms: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release(Command):
+    """To the watchdog, after the worker's end was settled: nobody needs this machine any more (`stop`) or a new worker will follow."""
+
+    type: ClassVar[str] = "release"
+    stop: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event(Message):
+    """Base of the worker's messages. Every event carries the meter: `usage` is cumulative milliseconds by cost centre
+    (`load`, `compile`, `checkpoint`, `teardown`, `idle`, `trial:N` for training and evaluation), their sum is `at_ms`."""
+
+    at_ms: int
+    usage: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready(Event):
+    """The base model is loaded and checked."""
+
+    type: ClassVar[str] = "ready"
+    device: str  # "cpu" or the GPU's name
+    slots: dict[str, int]  # by method; a worker trains one method at a time
+    parameters: int
+    linear_shapes: list[list[int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseEvaluated(Event):
+    """The base model's validation loss, on all rows and on the rung rows."""
+
+    type: ClassVar[str] = "base_evaluated"
+    loss: float
+    rung_loss: float
+    tokens: int
+    evaluate_ms: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialEvent(Event):
+    """Base of events about one attempt of one trial; `step` and `tokens` are the trial's own, over all its attempts."""
+
+    trial: int
+    attempt: str
+    step: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admitted(TrialEvent):
+    """The trial is in a slot, fresh or restored from its checkpoint."""
+
+    type: ClassVar[str] = "admitted"
+    restore_ms: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress(TrialEvent):
+    """A sign of progress, at most about one a second: mean training loss since the last one."""
+
+    type: ClassVar[str] = "progress"
+    train_loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpointed(TrialEvent):
+    """A checkpoint is on disk, complete and fsynced. Between evaluations; `evaluated` and `paused` name theirs themselves."""
+
+    type: ClassVar[str] = "checkpointed"
+    checkpoint: str
+    checkpoint_ms: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated(TrialEvent):
+    """The trial reached its target, was evaluated and checkpointed, and stands still in its slot until it is told what next.
+
+    `loss` is over the rung rows; `full_loss` over all validation rows, only where the run is complete (`final`).
+    The measured figures cover the stretch since the last `admitted` or `evaluated` of this attempt.
+    """
+
+    type: ClassVar[str] = "evaluated"
+    loss: float
+    full_loss: float | None
+    final: bool
+    checkpoint: str
+    train_loss: float
+    train_tokens: int
+    train_ms: int
+    evaluate_tokens: int
+    evaluate_ms: int
+    checkpoint_ms: int
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paused(TrialEvent):
+    """The trial left its slot; `checkpoint` holds it whole."""
+
+    type: ClassVar[str] = "paused"
+    checkpoint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropped(TrialEvent):
+    """The trial left its slot."""
+
+    type: ClassVar[str] = "dropped"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed(TrialEvent):
+    """The trial could not go on and left its slot. `disk` ends the worker too."""
+
+    type: ClassVar[str] = "failed"
+    code: FailureCode
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended(Event):
+    """The worker's last words: every live trial is checkpointed (or `reason` says why not)."""
+
+    type: ClassVar[str] = "ended"
+    reason: Literal["stop", "paid_time", "disk", "error"]
+    message: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsageRecord:
+    """One line of usage.jsonl. The last line of a worker whose watchdog saw it out has `ended`."""
+
+    ms: int
+    ended: bool = False
+    exit_code: int | None = None  # negative: killed by that signal
+    why: str = ""  # exit, paid_until, stop, lost_orchestrator
+
+
+def _concrete(base: type[Message]) -> dict[str, type[Message]]:
+    found: dict[str, type[Message]] = {}
+    for child in base.__subclasses__():
+        found |= {child.type: child} if "type" in child.__dict__ else _concrete(child)
+    return found
+
+
+COMMANDS = _concrete(Command)
+EVENTS = _concrete(Event)
+
+
+def _build(kind: type[Any], values: dict[str, Any]) -> Any:
+    hints = typing.get_type_hints(kind)
+    known = {f.name for f in dataclasses.fields(kind)}
+    if unknown := values.keys() - known:
+        raise MessageError(f"{kind.__name__} has no field {sorted(unknown)[0]!r}")
+    values = {k: _build(TrialConfig, v) if hints[k] is TrialConfig else v for k, v in values.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise MessageError(str(error)) from error
+
+
+def _parse(line: str, kinds: dict[str, type[Message]]) -> Any:
+    try:
+        values = json.loads(line)
+        kind = kinds[values.pop("type")]
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise MessageError(f"not a message: {line[:80]!r}") from error
+    return _build(kind, values)
+
+
+def parse_command(line: str) -> Command:
+    """Reads one command. Raises MessageError."""
+    return typing.cast(Command, _parse(line, COMMANDS))
+
+
+def parse_event(line: str) -> Event:
+    """Reads one event. Raises MessageError."""
+    return typing.cast(Event, _parse(line, EVENTS))
+
+
+def parse_usage(line: str) -> UsageRecord:
+    """Reads one line of usage.jsonl. Raises MessageError."""
+    try:
+        return typing.cast(UsageRecord, _build(UsageRecord, json.loads(line)))
+    except json.JSONDecodeError as error:
+        raise MessageError(f"not a usage record: {line[:80]!r}") from error
+
+
+def dump_job(job: WorkerJob) -> str:
+    """Returns the text of job.json."""
+    return json.dumps(dataclasses.asdict(job), indent=1)
+
+
+def load_job(text: str) -> WorkerJob:
+    """Reads job.json. Raises MessageError."""
+    try:
+        return typing.cast(WorkerJob, _build(WorkerJob, json.loads(text)))
+    except json.JSONDecodeError as error:
+        raise MessageError("job.json is not JSON") from error

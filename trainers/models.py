@@ -1,0 +1,298 @@
+"""The base model: found, checked, loaded frozen; its linear layers by kind; GGUF files made into safetensors.
+
+Weights come from safetensors only. No pickle is opened and no code of a model's author is run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from trainers.checkpoints import write_folder
+from trainers.engine import Engine
+from trainers.messages import Targets, WorkerJob
+
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+# What model configs call a function between lm_head and the loss; the chunked loss knows none of them.
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "mup_width_scale")
+
+
+class ModelError(Exception):
+    """A base model that cannot be trained. One line: which, what is wrong, what to do."""
+
+
+@dataclass
+class Base:
+    """One base model, shared by all engines of a worker.
+
+    `decoder` maps token ids to hidden states, `head` hidden states to logits; both are modules of `model`. `busy` is
+    true while a trial's weights are in the model.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    decoder: nn.Module
+    head: nn.Linear
+    device: torch.device
+    busy: bool = False
+
+
+@dataclass(frozen=True)
+class LoadedEngines:
+    """What a worker needs to start: engines by method over one base model, and what `ready` tells of it."""
+
+    engines: dict[str, Engine]
+    device: str
+    parameters: int
+    linear_shapes: list[list[int]]
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text, at most 200 characters."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def resolve(model: str) -> Path:
+    """Returns the folder of a model: itself, or the local snapshot of a hub id, downloaded if need be.
+
+    Raises ModelError where there is none.
+    """
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        raise ModelError(f"{model}: is a GGUF file; convert it into a folder of safetensors first")
+    if path.exists() and not path.is_dir():
+        raise ModelError(f"{model}: is a file; name the model's folder or a hub id")
+    if path.is_dir():
+        folder = path.resolve()
+    elif model.startswith((".", "/", "~")):
+        raise ModelError(f"{model}: no such folder; check the path, or name a hub id as owner/name")
+    else:
+        try:
+            folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=FILES))
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            raise ModelError(
+                f"{model}: is no local folder and cannot be had from the hub: {one_line(error)}"
+            ) from error
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{model}: has no config.json; name a folder as transformers saves it")
+    return folder
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """Reads a model's configuration. Raises ModelError for one that is unknown or that the loss does not fit."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except LOAD_ERRORS as error:
+        raise ModelError(f"{folder.name}: config.json is not usable: {one_line(error)}") from error
+    for key in LOGIT_CHANGES:
+        if getattr(config, key, None) not in (None, 1, 1.0):
+            raise ModelError(
+                f"{folder.name}: its logits are changed by {key}, which the loss here does not know; use another"
+            )
+    return config
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Loads a model's tokenizer. Raises ModelError where there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except LOAD_ERRORS as error:
+        raise ModelError(f"{folder.name}: has no usable tokenizer: {one_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{folder.name}: its tokenizer has no end-of-sequence token; set eos_token")
+    return tokenizer
+
+
+def check_weights(folder: Path) -> None:
+    """Opens the header of every weights file. Raises ModelError where one is missing, cut short or no safetensors."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder.name}: has no *.safetensors file; other formats may hold pickles and are not loaded")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                handle.keys()
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{folder.name}: {file.name} is damaged: {one_line(error)}; download it again") from error
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """Builds the model without memory for its weights (meta device). Raises ModelError for an unknown architecture."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except LOAD_ERRORS as error:
+        raise ModelError(
+            f"{config.model_type}: is no causal language model transformers knows: {one_line(error)}"
+        ) from error
+
+
+def head_of(model: PreTrainedModel) -> nn.Linear:
+    """The layer that turns hidden states into logits. Raises ModelError unless it is a linear layer without bias."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ModelError(f"{model.config.model_type}: its head is not a linear layer without bias; use another model")
+    return head
+
+
+def pick_device(device: str) -> torch.device:
+    """Turns auto, cpu, cuda or cuda:N into a device that is there. Raises ModelError."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = torch.device(device)
+    if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
+        raise ModelError(f"{device}: this machine has {torch.cuda.device_count()} usable GPUs; use device cpu or auto")
+    return found
+
+
+def load_base(model: str, device: str) -> Base:
+    """Loads a folder or hub id frozen onto a device: fp32 on the CPU, bf16 on a GPU. Raises ModelError."""
+    folder = resolve(model)
+    config = load_config(folder)
+    tokenizer = load_tokenizer(folder)
+    check_weights(folder)
+    where = pick_device(device)
+    try:
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.bfloat16 if where.type == "cuda" else torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        loaded.to(where)
+    except LOAD_ERRORS as error:
+        raise ModelError(f"{folder.name}: cannot be loaded: {one_line(error)}") from error
+    if report["missing_keys"]:
+        # transformers would make the missing weights up at random and only log it.
+        raise ModelError(f"{folder.name}: its weights files lack {min(report['missing_keys'])}; download them again")
+    loaded.requires_grad_(False)
+    loaded.eval()
+    loaded.config.use_cache = False
+    name = str(folder) if Path(model).expanduser().is_dir() else model
+    loaded.name_or_path = name  # what an adapter's configuration will name as its base
+    return Base(name, loaded, tokenizer, loaded.get_decoder(), head_of(loaded), where)
+
+
+def _layer_linears(model: PreTrainedModel) -> dict[str, tuple[nn.Linear, str]]:
+    """Linear layers of the decoder's layers by full name, each with its kind, attention or mlp.
+
+    The kind is read off the modules around it: under a module named or classed as attention it is attention,
+    elsewhere in a layer (also directly in it, as in OPT) it is mlp.
+    """
+    found: dict[str, tuple[nn.Linear, str]] = {}
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        parts = name.split(".")
+        in_layer = any(part.isdigit() for part in parts)
+        if not isinstance(module, nn.Linear) or not in_layer or module is model.get_output_embeddings():
+            continue
+        layer = next(i for i, part in enumerate(parts) if part.isdigit())
+        above = [".".join(parts[:end]) for end in range(layer + 2, len(parts))]
+        words = [word.lower() for path in above for word in (path.split(".")[-1], type(modules[path]).__name__)]
+        found[name] = (module, "attention" if any("attn" in w or "attention" in w for w in words) else "mlp")
+    return found
+
+
+def target_modules(model: PreTrainedModel, targets: Targets | str) -> list[str]:
+    """The module name endings that a LoRA configuration must list for a kind of targets, sorted.
+
+    An ending is as short as it can be without matching a module that is not meant. Raises ModelError for an unknown
+    kind, and for a model that has no linear layer of that kind.
+    """
+    if targets not in ("attention", "mlp", "all-linear"):
+        raise ModelError(f"targets {targets!r}: unknown; use attention, mlp or all-linear")
+    linears = _layer_linears(model)
+    meant = {name for name, (_, kind) in linears.items() if targets in (kind, "all-linear")}
+    if not meant:
+        raise ModelError(f"{model.config.model_type}: has no linear layers for targets {targets}; use full training")
+    others = [name for name, _ in model.named_modules() if name not in meant]
+
+    def ending(name: str) -> str:
+        parts = name.split(".")
+        for length in (1, 2):
+            short = ".".join(parts[-length:])
+            if not any(other == short or other.endswith(f".{short}") for other in others):
+                return short
+        return name
+
+    return sorted({ending(name) for name in meant})
+
+
+def target_linears(model: PreTrainedModel, targets: Targets | str) -> dict[str, nn.Linear]:
+    """The linear layers a kind of targets means, by full name, in the model's order. Raises ModelError."""
+    target_modules(model, targets)
+    return {n: m for n, (m, kind) in _layer_linears(model).items() if targets in (kind, "all-linear")}
+
+
+def linear_shapes(model: PreTrainedModel) -> list[list[int]]:
+    """The linear layers of the decoder as [inputs, outputs, how many]."""
+    counts = Counter((m.in_features, m.out_features) for m, _ in _layer_linears(model).values())
+    return [[inputs, outputs, count] for (inputs, outputs), count in counts.items()]
+
+
+def convert_gguf(path: Path, out_folder: Path) -> None:
+    """Turns a GGUF file into a model folder of bf16 safetensors and tokenizer, whole or not at all.
+
+    The model that transformers builds from a GGUF file refuses to be saved, so its weights move into a clean one.
+    Raises ModelError for a file that transformers cannot read, OSError where writing fails.
+    """
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except LOAD_ERRORS as error:
+        raise ModelError(f"{path.name}: cannot be read as GGUF: {one_line(error)}") from error
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    clean = AutoModelForCausalLM.from_config(config)
+    clean.load_state_dict(loaded.state_dict())
+    clean.tie_weights()
+    clean.to(torch.bfloat16)
+    out_folder.parent.mkdir(parents=True, exist_ok=True)
+    with write_folder(out_folder) as folder:
+        clean.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def load_engines(job: WorkerJob) -> LoadedEngines:
+    """Loads base model and prepared data once and puts an engine of each method over them.
+
+    Before that the engine's loss is compared with the model's own. Raises ModelError and DataError.
+    """
+    # Imported here: the engines import this module.
+    from trainers.data import load_split
+    from trainers.full.engine import FullEngine
+    from trainers.lora.engine import LoraEngine
+    from trainers.loss import verify_loss
+
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    train, validation = (load_split(Path(job.data), name) for name in ("train", "validation"))
+    base = load_base(job.model, job.device)
+    verify_loss(base, [train[0], train[min(1, train.rows - 1)]])
+    engines: dict[str, Engine] = {
+        "lora": LoraEngine(base, train, validation, job.rung_rows),
+        "full": FullEngine(base, train, validation, job.rung_rows),
+    }
+    device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else "cpu"
+    return LoadedEngines(engines, device, base.model.num_parameters(), linear_shapes(base.model))

@@ -1,0 +1,252 @@
+"""An engine that replays learning curves instead of training: searches are tested in seconds, without torch.
+
+A job whose model is `replay:PATH.json` runs on the curves in that file:
+
+    {"slots": {"lora": 4, "full": 1}, "parameters": 135000000,
+     "tokens_per_example": 30, "train_rows": 2000, "validation_rows": 64, "validation_tokens": 2000, "base_loss": 4.8,
+     "sleep_seconds_per_token": 0.0, "sleep_seconds_per_checkpoint": 0.0, "seed_spread": 0.0,
+     "curves": [{"match": {"method": "lora", "rank": [4, 16]}, "points": [[0, 4.8], [6000, 1.2]]},
+                {"match": {"method": "full"}, "floor": 0.9, "scale": 4000, ...}],
+     "default": {"floor": 1.0, "scale": 5000, "best_learning_rate": 1e-3, "curvature": 0.3, "diverges_above": 1e-2}}
+
+The first curve whose `match` fits the configuration counts: a value must be equal, a pair of numbers is a closed range.
+`points` is a recorded table, tokens to loss, straight between its points and flat beyond them. The formula is
+`floor + curvature * log10(learning_rate / best_learning_rate)^2`, approached from `base_loss` as exp(-tokens / scale);
+above `diverges_above` the trial fails at its first step. Losses are nats a token. `seed_spread` is the largest relative
+difference between two seeds. Sleeps are real time; without them a trial trains as fast as the worker can loop.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainers import processes
+from trainers.engine import Engine, Evaluation, Position, TrialFailed
+from trainers.messages import TrialConfig, WorkerJob
+
+PREFIX = "replay:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Loss by tokens, as a table or as a formula (module docstring)."""
+
+    match: dict[str, Any] = field(default_factory=dict)
+    points: list[list[float]] | None = None
+    floor: float | None = None
+    scale: float | None = None
+    best_learning_rate: float | None = None
+    curvature: float = 0.0
+    diverges_above: float = math.inf
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a curve that is neither table nor formula."""
+        if (self.points is None) == (self.floor is None or self.scale is None):
+            raise ValueError("a curve has either points, or floor and scale")
+
+    def fits(self, config: TrialConfig) -> bool:
+        """Says whether this curve is the configuration's. Raises AttributeError for a field that none has."""
+        for name, wanted in self.match.items():
+            value = getattr(config, name)
+            if isinstance(wanted, list):
+                if value is None or not wanted[0] <= value <= wanted[1]:
+                    return False
+            elif value != wanted:
+                return False
+        return True
+
+    def loss(self, learning_rate: float, tokens: int, base_loss: float) -> float:
+        """Returns the loss after `tokens` of training, in nats a token."""
+        if self.points is not None:
+            return _interpolate(self.points, tokens)
+        assert self.floor is not None and self.scale is not None
+        away = math.log10(learning_rate / self.best_learning_rate) if self.best_learning_rate else 0.0
+        floor = min(self.floor + self.curvature * away**2, base_loss)
+        return floor + (base_loss - floor) * math.exp(-tokens / self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """A replay file."""
+
+    slots: dict[str, int]
+    parameters: int
+    base_loss: float
+    tokens_per_example: int
+    validation_tokens: int
+    train_rows: int = 2000  # for the orchestrator, which derives the longest run from it
+    validation_rows: int = 64
+    sleep_seconds_per_token: float = 0.0
+    sleep_seconds_per_checkpoint: float = 0.0
+    seed_spread: float = 0.0
+    linear_shapes: list[list[int]] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    default: Curve | None = None
+
+    def curve(self, config: TrialConfig) -> Curve:
+        """Returns the configuration's curve. Raises TrialFailed."""
+        for curve in self.curves:
+            if curve.fits(config):
+                return curve
+        if self.default is None:
+            raise TrialFailed(config.number, "error", "the replay file has no curve for this configuration")
+        return self.default
+
+
+def read_script(path: Path) -> Script:
+    """Reads a replay file. Raises OSError, ValueError, TypeError."""
+    values = json.loads(path.read_text())
+    values["curves"] = [Curve(**curve) for curve in values.get("curves", [])]
+    if values.get("default") is not None:
+        values["default"] = Curve(**values["default"])
+    return Script(**values)
+
+
+def _interpolate(points: list[list[float]], tokens: int) -> float:
+    after = bisect.bisect_right([point[0] for point in points], tokens)
+    if after in (0, len(points)):
+        return points[0 if after == 0 else -1][1]
+    (x0, y0), (x1, y1) = points[after - 1], points[after]
+    return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
+
+
+@dataclass
+class _Slot:
+    config: TrialConfig
+    curve: Curve
+    step: int
+    until_tokens: int | None
+    losses: list[float] = field(default_factory=list)
+
+
+class ReplayEngine:
+    """The Engine protocol over a script. Steps all trials in turn, one optimizer step each."""
+
+    def __init__(self, script: Script, slots: int) -> None:
+        """Makes an engine with `slots` slots."""
+        self.slots = slots
+        self._script = script
+        self._trials: dict[int, _Slot] = {}
+
+    def admit(self, config: TrialConfig, checkpoint: Path | None, until_tokens: int | None) -> Position:
+        """See Engine."""
+        step = 0
+        if checkpoint is not None:
+            state = json.loads((checkpoint / "state.json").read_text())
+            if state["config"] != dataclasses.asdict(config):
+                raise TrialFailed(config.number, "error", f"{checkpoint} is of another configuration")
+            step = state["step"]
+        self._trials[config.number] = _Slot(config, self._script.curve(config), step, until_tokens)
+        return self.position(config.number)
+
+    def target(self, trial: int, until_tokens: int | None) -> None:
+        """See Engine."""
+        self._trials[trial].until_tokens = until_tokens
+
+    def advance(self, pause: Callable[[], bool]) -> list[int]:
+        """See Engine."""
+        while short := [slot for slot in self._trials.values() if not self._arrived(slot)]:
+            for slot in short:
+                self._step(slot)
+            if pause() or any(self._arrived(slot) for slot in short):
+                break
+        return [number for number, slot in self._trials.items() if self._arrived(slot)]
+
+    def position(self, trial: int) -> Position:
+        """See Engine."""
+        slot = self._trials[trial]
+        examples = min(slot.step * slot.config.batch_size, slot.config.examples)
+        done = examples >= slot.config.examples
+        return Position(step=slot.step, tokens=examples * self._script.tokens_per_example, done=done)
+
+    def train_loss(self, trial: int) -> float:
+        """See Engine."""
+        losses, self._trials[trial].losses = self._trials[trial].losses, []
+        return sum(losses) / len(losses) if losses else math.nan
+
+    def evaluate(self, trial: int | None, rows: int | None) -> Evaluation:
+        """See Engine. The rung rows and the others have the same loss."""
+        loss = self._script.base_loss if trial is None else self._loss(self._trials[trial])
+        every = self._script.validation_rows
+        seen = every if rows is None else min(rows, every)
+        tokens = max(1, self._script.validation_tokens * seen // every)
+        return Evaluation(
+            rung_nll=loss * tokens, rung_tokens=tokens, nll=loss * tokens, completion_tokens=tokens, input_tokens=tokens
+        )
+
+    def checkpoint(self, trial: int, folder: Path) -> None:
+        """See Engine."""
+        slot = self._trials[trial]
+        temporary = folder.with_name(f".tmp-{folder.name}")
+        for stale in (temporary, folder):  # of a life that ended unheard; this one repeats its steps
+            if stale.exists():
+                shutil.rmtree(stale)
+        temporary.mkdir(parents=True)
+        try:
+            state = {"config": dataclasses.asdict(slot.config), **dataclasses.asdict(self.position(trial))}
+            processes.write_atomically(temporary / "state.json", json.dumps(state))
+            time.sleep(self._script.sleep_seconds_per_checkpoint)
+            temporary.rename(folder)
+        except OSError:
+            shutil.rmtree(temporary)
+            raise
+        processes.sync_folder(folder.parent)
+
+    def drop(self, trial: int) -> None:
+        """See Engine."""
+        del self._trials[trial]
+
+    def _arrived(self, slot: _Slot) -> bool:
+        position = self.position(slot.config.number)
+        return position.done or (slot.until_tokens is not None and position.tokens >= slot.until_tokens)
+
+    def _step(self, slot: _Slot) -> None:
+        number = slot.config.number
+        if slot.config.learning_rate > slot.curve.diverges_above:
+            del self._trials[number]
+            raise TrialFailed(number, "diverged", f"the loss is nan at step {slot.step + 1}")
+        before = self.position(number).tokens
+        slot.step += 1
+        slot.losses.append(self._loss(slot))
+        if self._script.sleep_seconds_per_token:
+            time.sleep(self._script.sleep_seconds_per_token * (self.position(number).tokens - before))
+
+    def _loss(self, slot: _Slot) -> float:
+        tokens = self.position(slot.config.number).tokens
+        loss = slot.curve.loss(slot.config.learning_rate, tokens, self._script.base_loss)
+        # A hash, not random.Random: the same seed must give the same curve in every Python.
+        draw = int.from_bytes(hashlib.sha256(f"{slot.config.seed}".encode()).digest()[:8]) / 2**64 - 0.5
+        return loss * (1 + self._script.seed_spread * draw)
+
+
+@dataclass(frozen=True)
+class ReplayEngines:
+    """What a worker loads: one engine by method, and what it says of itself when it is ready."""
+
+    engines: dict[str, Engine]
+    device: str
+    parameters: int
+    linear_shapes: list[list[int]]
+
+
+def load_engines(job: WorkerJob) -> ReplayEngines:
+    """Makes the engines of a job whose model is `replay:PATH.json`. Raises OSError, ValueError, TypeError."""
+    script = read_script(Path(job.model.removeprefix(PREFIX)))
+    engines: dict[str, Engine] = {method: ReplayEngine(script, slots) for method, slots in script.slots.items()}
+    return ReplayEngines(engines, "cpu", script.parameters, script.linear_shapes)
+
+
+def remove_older(folder: Path, keep: int) -> None:
+    """Removes all but the `keep` newest checkpoints of a trial's folder. Raises OSError."""
+    for path in sorted(folder.glob("ckpt-*"), key=lambda path: int(path.name.removeprefix("ckpt-")))[:-keep]:
+        shutil.rmtree(path)

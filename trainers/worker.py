@@ -1,0 +1,484 @@
+"""The process that owns one GPU, or the CPU: `python -m trainers.worker FOLDER`.
+
+Commands come as lines on stdin, events go as lines to stdout (trainers/messages.py); whatever a library prints goes to
+stderr. Trials come and go in the engine's slots while the others train on. One method at a time.
+
+    exit codes   0 told to end, or the paid time is over    1 an error    8 the disk is full
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from trainers import processes
+from trainers.engine import Engine, Evaluation, TrialFailed
+from trainers.inbox import Inbox
+from trainers.live import LiveTrial
+from trainers.loading import LoadedEngines, RemoveOlder, load
+from trainers.messages import (
+    Admit,
+    Admitted,
+    BaseEvaluated,
+    Checkpointed,
+    Continue,
+    Drop,
+    Dropped,
+    Ended,
+    EvaluateBase,
+    Evaluated,
+    Event,
+    Failed,
+    FailureCode,
+    MessageError,
+    Method,
+    Pause,
+    Paused,
+    Progress,
+    Ready,
+    Slice,
+    Stop,
+    WorkerJob,
+    load_job,
+    parse_command,
+)
+from trainers.meter import Meter, open_meter
+
+EXIT_DISK = 8
+_DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+_KEEP_CHECKPOINTS = 2
+_PROGRESS_NS = 1_000_000_000
+_NS_PER_MS = 1_000_000
+_LOOK_S = 0.1  # a signal does not wake a select, and suspend stops it, so waits are cut to this
+_FIRST_GUESS_MS = 500  # of a checkpoint or an evaluation, before one was measured
+_STEP_DECAY = 0.9  # one slow step (a compilation) must not count as the usual one for ever
+_SAFETY = 1.5  # times the longest measured
+
+
+class _DiskFull(Exception):
+    """A checkpoint does not fit on the disk; the trial it was of has failed."""
+
+
+class Worker:
+    """Trains what the commands say until it is told to end or the paid time is over."""
+
+    def __init__(self, job: WorkerJob, meter: Meter, stdin: int, stdout: int) -> None:
+        """`stdin` and `stdout` are descriptors."""
+        self._job = job
+        self._meter = meter
+        self._stdout = stdout
+        self._inbox = Inbox(stdin)
+        self._paid_ms, self._work_ms, self._checkpoint_ms = job.paid_ms, job.work_ms, job.checkpoint_ms
+        self._trials: dict[int, LiveTrial] = {}
+        self._method: Method | None = None
+        self._loaded: LoadedEngines
+        self._remove_older: RemoveOlder
+        self._base: Evaluation | None = None
+        self._stop = False
+        self._terminated = False
+        self._trained_ns = 0  # metered time in which anything trained
+        self._stretch_ns: int | None = None  # the meter at the start of the present stretch of training
+        self._progress_mark_ns = 0
+        self._moved: dict[str, int] = {}  # tokens trained in the present stretch, by cost centre
+        self._save_ms_max = _FIRST_GUESS_MS
+        self._evaluate_ms: dict[bool, int] = {}  # the longest by `final`
+        self._step_ns = 0
+        self._step_mark_ns = 0
+
+    def run(self) -> int:
+        """Loads, trains, ends; returns the exit code."""
+        try:
+            self._load()
+            reason = self._loop()
+            return self._end(reason)
+        except _DiskFull as error:
+            self._emit(Ended, reason="disk", message=str(error))
+            return EXIT_DISK
+        except Exception as error:
+            traceback.print_exc()
+            self._emit(Ended, reason="error", message=f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
+            return 1
+
+    def _load(self) -> None:
+        self._loaded, self._remove_older = load(self._job)
+        self._meter.work("load", self._any_method(), 0)
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_terminated", True))
+        self._emit(
+            Ready,
+            device=self._loaded.device,
+            slots={method: engine.slots for method, engine in self._loaded.engines.items()},
+            parameters=self._loaded.parameters,
+            linear_shapes=self._loaded.linear_shapes,
+        )
+        self._meter.ready()
+
+    def _loop(self) -> Literal["stop", "paid_time"]:
+        while True:
+            self._obey()
+            if reason := self._reason_to_end():
+                return reason
+            ready = [trial for trial in self._trials.values() if not trial.standing and trial.arrived()]
+            if ready and not self._out_of_time(evaluating=True):
+                self._judge(ready[0])
+            elif ready and not self._job.timings:
+                return "paid_time"  # it is evaluated when it is resumed: it stands at its target then
+            elif not self._out_of_time() and any(not trial.standing for trial in self._trials.values()):
+                self._train()
+            else:
+                self._inbox.waiting(_LOOK_S)
+
+    def _engine(self) -> Engine:
+        assert self._method is not None
+        return self._loaded.engines[self._method]
+
+    def _any_method(self) -> Method:
+        return "lora" if "lora" in self._loaded.engines else "full"
+
+    # --- time -------------------------------------------------------------------------------------------------------
+
+    def _out_of_time(self, evaluating: bool = False) -> bool:
+        """Says whether no more work may begin, other than checkpoints.
+
+        An evaluation may begin after `work_ms`: the paid time has a tail for it. On a meter that runs on a file only
+        `work_ms` counts, so that what the worker does depends on nothing that varies.
+        """
+        now_ms = self._meter.now_ms()
+        if self._job.timings:
+            return not evaluating and now_ms >= self._work_ms
+        unsaved = sum(trial.saved_step != trial.at.step or not trial.standing for trial in self._trials.values())
+        ahead_ms = unsaved * self._save_ms_max * _SAFETY + self._step_ns / _NS_PER_MS
+        if evaluating:
+            ahead_ms += max(self._evaluate_ms.values(), default=_FIRST_GUESS_MS) * _SAFETY
+        last_ms = self._paid_ms - self._job.grace_ms - ahead_ms
+        return now_ms >= (last_ms if evaluating else min(last_ms, self._work_ms))
+
+    def _reason_to_end(self) -> Literal["stop", "paid_time"] | None:
+        if self._stop:
+            return "stop"
+        # On a file's meter the work time may be extended at any moment of the clock: the worker waits for it.
+        if self._terminated or (not self._job.timings and self._out_of_time() and not self._arrivals_fit()):
+            return "paid_time"
+        return None
+
+    def _arrivals_fit(self) -> bool:
+        waiting = any(not trial.standing and trial.arrived() for trial in self._trials.values())
+        return waiting and not self._out_of_time(evaluating=True)
+
+    # --- commands ---------------------------------------------------------------------------------------------------
+
+    def _obey(self) -> None:
+        for line in self._inbox.take():
+            try:
+                command = parse_command(line)
+            except MessageError as error:
+                sys.stderr.write(f"ignored a command: {error}\n")
+                continue
+            match command:
+                case Slice():
+                    self._paid_ms, self._work_ms = command.paid_ms, command.work_ms
+                    self._checkpoint_ms = command.checkpoint_ms
+                case Stop():
+                    self._stop = True
+                case EvaluateBase():
+                    self._evaluate_base()
+                case Admit():
+                    self._admit(command)
+                case Continue():
+                    self._go_on(command)
+                case Pause() if command.trial in self._trials:
+                    trial = self._trials[command.trial]
+                    self._save(trial)
+                    self._release(trial)
+                    self._emit(Paused, **trial.place(), checkpoint=trial.saved)
+                    self._remove_older(trial.folder, _KEEP_CHECKPOINTS)
+                case Drop() if command.trial in self._trials:
+                    trial = self._trials[command.trial]
+                    self._release(trial)
+                    self._emit(Dropped, **trial.place())
+
+    def _evaluate_base(self) -> None:
+        evaluate_ms = 0
+        if self._base is None:
+            method: Method = self._method or self._any_method()
+            started_ns = self._meter.now_ns()
+            with self._meter.on("load"):
+                self._base = self._loaded.engines[method].evaluate(None, None)
+                self._meter.work("evaluate", method, self._base.input_tokens)
+            evaluate_ms = self._since_ms(started_ns)
+        base = self._base
+        self._emit(
+            BaseEvaluated,
+            loss=base.nll / base.completion_tokens,
+            rung_loss=base.rung_nll / base.rung_tokens,
+            tokens=base.input_tokens,
+            evaluate_ms=evaluate_ms,
+        )
+
+    def _refusal(self, command: Admit) -> str | None:
+        method = command.config.method
+        engine = self._loaded.engines.get(method)
+        if engine is None:
+            return f"this worker has no engine for {method} training"
+        if self._trials and method != self._method:
+            return f"this worker trains {self._method} trials; {method} must wait until its slots are free"
+        if len(self._trials) >= engine.slots:
+            return f"all {engine.slots} slots are taken"
+        if command.resume is not None and not Path(command.resume).is_dir():
+            return f"there is no checkpoint at {command.resume}"
+        return None
+
+    def _admit(self, command: Admit) -> None:
+        config = command.config
+        if config.number in self._trials:
+            return
+        nowhere = {"trial": config.number, "attempt": command.attempt, "step": 0, "tokens": 0}
+        if refusal := self._refusal(command):
+            self._emit(Failed, **nowhere, code="error", message=refusal)
+            return
+        resume = Path(command.resume) if command.resume is not None else None
+        folder = Path(command.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._method = config.method
+        started_ns = self._meter.now_ns()
+        try:
+            with self._meter.on("checkpoint" if resume else f"trial:{config.number}"):
+                at = self._engine().admit(config, resume, command.until_tokens)
+                if resume:
+                    self._meter.work("restore", config.method, 0)
+        except TrialFailed as error:
+            self._emit(Failed, **nowhere, code=error.code, message=str(error))
+            return
+        trial = LiveTrial(config, command.attempt, folder, at, command.until_tokens, shown_step=at.step)
+        trial.saved, trial.saved_step = command.resume, at.step if resume else -1
+        trial.saved_mark_ns = self._trained_ns
+        self._trials[config.number] = trial
+        self._forget_later_checkpoints(trial)
+        self._emit(Admitted, **trial.place(), restore_ms=self._since_ms(started_ns) if resume else 0)
+
+    def _forget_later_checkpoints(self, trial: LiveTrial) -> None:
+        """Removes checkpoints that a life which ended unheard left: as the newest they would push out good ones."""
+        for path in trial.folder.glob("ckpt-*"):
+            if int(path.name.removeprefix("ckpt-")) > trial.at.step:
+                shutil.rmtree(path)
+
+    def _go_on(self, command: Continue) -> None:
+        trial = self._trials.get(command.trial)
+        if trial is None or trial.at.done:
+            return
+        if command.until_tokens is not None and trial.at.tokens >= command.until_tokens:
+            return  # the repetition of a command that was carried out
+        trial.until_tokens = command.until_tokens
+        trial.standing = False
+        self._engine().target(trial.number, command.until_tokens)
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def _train(self) -> None:
+        """Trains until something is to be done, and reports it."""
+        engine = self._engine()
+        training = [trial for trial in self._trials.values() if not trial.standing]
+        self._moved = {trial.centre: 0 for trial in training}
+        spent_ns = {trial.number: self._meter.spent_ns(trial.centre) for trial in training}
+        failure: TrialFailed | None = None
+        started_ns = self._stretch_ns = self._step_mark_ns = self._meter.now_ns()
+        with self._meter.shared(self._moved):
+            try:
+                engine.advance(self._must_pause)
+            except TrialFailed as error:
+                failure = error
+                # It is out of the engine, which can't say how far it came; a mean share keeps the others' bill fair.
+                others = [tokens for centre, tokens in self._moved.items() if centre != f"trial:{error.trial}"]
+                self._moved[f"trial:{error.trial}"] += max(1, sum(others) // max(1, len(others)))
+            self._account(failure.trial if failure else None)
+        self._trained_ns += self._meter.now_ns() - started_ns
+        self._stretch_ns = None
+        for trial in training:
+            trial.train_ns += self._meter.spent_ns(trial.centre) - spent_ns[trial.number]
+        if failure is not None:
+            self._fail(self._trials[failure.trial], failure.code, str(failure))
+        self._report_progress()
+        for trial in [trial for trial in training if trial.number in self._trials and self._checkpoint_due(trial)]:
+            self._save_between(trial)
+
+    def _account(self, gone: int | None = None) -> None:
+        """Books the tokens trained since the last call, and moves a meter that runs on a file by them."""
+        for trial in self._trials.values():
+            if trial.standing or trial.number == gone:
+                continue
+            at = self._engine().position(trial.number)
+            moved = at.tokens - trial.at.tokens
+            trial.at = at
+            if moved:
+                trial.train_tokens += moved
+                self._moved[trial.centre] += moved
+                with self._meter.on(trial.centre):
+                    self._meter.work("train", trial.config.method, moved)
+
+    def _must_pause(self) -> bool:
+        self._account()
+        now_ns = self._meter.now_ns()
+        self._step_ns = max(int(self._step_ns * _STEP_DECAY), now_ns - self._step_mark_ns)
+        self._step_mark_ns = now_ns
+        trained_ns = self._trained_so_far_ns()
+        return (
+            self._terminated
+            or trained_ns - self._progress_mark_ns >= _PROGRESS_NS
+            or self._out_of_time()
+            or any(self._checkpoint_due(trial) for trial in self._trials.values())
+            or self._inbox.waiting()
+        )
+
+    def _trained_so_far_ns(self) -> int:
+        return self._trained_ns + (0 if self._stretch_ns is None else self._meter.now_ns() - self._stretch_ns)
+
+    def _checkpoint_due(self, trial: LiveTrial) -> bool:
+        unsaved_ns = self._trained_so_far_ns() - trial.saved_mark_ns
+        return not trial.standing and not trial.arrived() and unsaved_ns >= self._checkpoint_ms * _NS_PER_MS
+
+    def _take_loss(self, trial: LiveTrial) -> float:
+        """Returns the mean training loss since the last call, and adds it to the stretch's."""
+        loss = self._engine().train_loss(trial.number)
+        steps = trial.at.step - trial.shown_step
+        trial.shown_step = trial.at.step
+        if steps and not math.isnan(loss):
+            trial.loss_sum += loss * steps
+            trial.loss_steps += steps
+        return loss
+
+    def _report_progress(self) -> None:
+        if self._trained_ns - self._progress_mark_ns < _PROGRESS_NS:
+            return
+        self._progress_mark_ns = self._trained_ns
+        for trial in self._trials.values():
+            if not trial.standing and not trial.arrived() and trial.at.step > trial.shown_step:
+                self._emit(Progress, **trial.place(), train_loss=self._take_loss(trial))
+
+    def _judge(self, trial: LiveTrial) -> None:
+        """Evaluates and checkpoints a trial that arrived, and leaves it standing."""
+        final = trial.at.done
+        # Nobody knows yet how long such an evaluation takes: if it is killed at the paid time, nothing else is lost.
+        checkpoint_ms = 0 if final in self._evaluate_ms else self._save_between(trial)
+        started_ns = self._meter.now_ns()
+        try:
+            with self._meter.on(trial.centre):
+                result = self._engine().evaluate(trial.number, None if final else self._job.rung_rows)
+                self._meter.work("evaluate", trial.config.method, result.input_tokens)
+            loss = result.rung_nll / result.rung_tokens
+            if not math.isfinite(loss):
+                self._engine().drop(trial.number)
+                raise TrialFailed(trial.number, "diverged", f"the validation loss is {loss}")
+        except TrialFailed as error:
+            self._fail(trial, error.code, str(error))
+            return
+        evaluate_ms = self._since_ms(started_ns)
+        self._evaluate_ms[final] = max(self._evaluate_ms.get(final, 0), evaluate_ms)
+        checkpoint_ms += self._save(trial)
+        self._take_loss(trial)
+        trial.standing = True
+        self._emit(
+            Evaluated,
+            **trial.place(),
+            loss=loss,
+            full_loss=result.nll / result.completion_tokens if final else None,
+            final=final,
+            checkpoint=trial.saved,
+            train_loss=trial.loss_sum / trial.loss_steps if trial.loss_steps else math.nan,
+            train_tokens=trial.train_tokens,
+            train_ms=trial.train_ns // _NS_PER_MS,
+            evaluate_tokens=result.input_tokens,
+            evaluate_ms=evaluate_ms,
+            checkpoint_ms=checkpoint_ms,
+            peak_bytes=_take_peak_bytes(),
+        )
+        trial.train_tokens = trial.train_ns = trial.loss_steps = 0
+        trial.loss_sum = 0.0
+        self._remove_older(trial.folder, _KEEP_CHECKPOINTS)
+
+    # --- leaving ----------------------------------------------------------------------------------------------------
+
+    def _save(self, trial: LiveTrial) -> int:
+        """Checkpoints the trial unless its last checkpoint is current; returns the milliseconds. Raises _DiskFull."""
+        trial.saved_mark_ns = self._trained_ns
+        if trial.saved_step == trial.at.step:
+            return 0
+        path = trial.folder / f"ckpt-{trial.at.step:06d}"
+        started_ns = self._meter.now_ns()
+        with self._meter.on("checkpoint"):
+            try:
+                self._engine().checkpoint(trial.number, path)
+            except OSError as error:
+                if error.errno not in _DISK_FULL:
+                    raise
+                self._fail(trial, "disk", f"cannot write {path}: {error.strerror}")
+                raise _DiskFull(f"cannot write {path}: {error.strerror}") from error
+            self._meter.work("checkpoint", trial.config.method, 0)
+        trial.saved, trial.saved_step = str(path), trial.at.step
+        checkpoint_ms = self._since_ms(started_ns)
+        self._save_ms_max = max(self._save_ms_max, checkpoint_ms)
+        return checkpoint_ms
+
+    def _save_between(self, trial: LiveTrial) -> int:
+        """Checkpoints a trial and says so, unless that is current; returns the milliseconds. Raises _DiskFull."""
+        if trial.saved_step == trial.at.step:
+            return 0
+        checkpoint_ms = self._save(trial)
+        self._emit(Checkpointed, **trial.place(), checkpoint=trial.saved, checkpoint_ms=checkpoint_ms)
+        self._remove_older(trial.folder, _KEEP_CHECKPOINTS)
+        return checkpoint_ms
+
+    def _release(self, trial: LiveTrial) -> None:
+        self._engine().drop(trial.number)
+        del self._trials[trial.number]
+
+    def _fail(self, trial: LiveTrial, code: FailureCode, message: str) -> None:
+        """Reports a trial that left the engine because it can't go on (after a full disk, the whole worker leaves)."""
+        del self._trials[trial.number]
+        self._emit(Failed, **trial.place(), code=code, message=message)
+
+    def _end(self, reason: Literal["stop", "paid_time"]) -> int:
+        for trial in list(self._trials.values()):
+            self._save_between(trial)
+        self._emit(Ended, reason=reason)
+        return 0
+
+    def _since_ms(self, started_ns: int) -> int:
+        return (self._meter.now_ns() - started_ns) // _NS_PER_MS
+
+    def _emit(self, kind: Callable[..., Event], **fields: Any) -> None:
+        at_ms, usage = self._meter.usage()
+        left = memoryview(kind(at_ms=at_ms, usage=usage, **fields).line().encode())
+        while left:
+            left = left[os.write(self._stdout, left) :]
+
+
+def _take_peak_bytes() -> int | None:
+    """Returns the GPU memory's high-water mark since the last call; None where no GPU is in use."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    peak_bytes = int(torch.cuda.max_memory_allocated())
+    torch.cuda.reset_peak_memory_stats()
+    return peak_bytes
+
+
+def main(arguments: list[str]) -> int:
+    """Runs a worker in the folder named; returns its exit code."""
+    processes.die_with_parent()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    folder = Path(arguments[0])
+    processes.hold_lock(folder / "worker.lock", wait_s=1.0)
+    job = load_job((folder / "job.json").read_text())
+    return Worker(job, open_meter(job), 0, stdout).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
