@@ -32,7 +32,8 @@ class Instructor:
             self._once(worker, _SLICE, current)
         if study.base_loss is None:
             self._once(worker, _BASE, EvaluateBase(fence=study.fence))
-        for trial in trials:
+        # Those who leave first: the slot of one that comes may be theirs.
+        for trial in sorted(trials, key=lambda t: t.state == "live"):
             if trial.slot == worker.id and trial.state != "judging":
                 self._trial(study, worker, trial)
 

@@ -142,3 +142,10 @@ def create(store: Store, spec: Spec, facts: dict[str, Any], micros_per_hour: int
 def exists(name: str) -> UsageError:
     """The error for a study that is there already."""
     return UsageError(f"study {name} exists already", f"sweep resume {name}, or launch under another --study name")
+
+
+def refuse_taken(store: Store, name: str) -> None:
+    """Raises UsageError if there is a study of this name: seen before the data is prepared again under it."""
+    with store.read() as connection:
+        if name in records.study_names(connection):
+            raise exists(name)

@@ -30,11 +30,11 @@ from sweep.triage import Funds
 from sweep.workers import Workers
 from trainers.messages import BaseEvaluated, Evaluated, Event, Ready, Release, Slice, Stop, TrialConfig
 
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.02
 STOP_MS = 25_000  # a worker that is told to stop has this long to checkpoint
 SILENCE_MS = 60_000  # without a report for this long (or three tails) a worker's next slice is not paid
 MAX_DEATHS = 3  # workers that die in a row without training anything
-MAX_REFUSED = 4  # trials asked in a row that could not be paid
+MAX_REFUSED = 2  # trials asked in a row that could not be paid
 
 
 def projector_of(study: Study, connection: Connection) -> Projector:
@@ -91,7 +91,7 @@ class Sweep:
             if self._over():
                 break
             if not changed:
-                time.sleep(POLL_SECONDS)
+                time.sleep(POLL_SECONDS)  # the machine trains meanwhile, and on a CPU it needs ours
         self._park()
         self.notify()
         if self._disk_message:
@@ -105,8 +105,9 @@ class Sweep:
         if changed or self.interrupted:
             self._judge()
             self._project()
+            self._seat()
             self._fill()
-            self._instruct()
+            self._seat()
         self._first_step = False
         return changed
 
@@ -154,7 +155,8 @@ class Sweep:
         now, lengths = self.workers.now_ms(worker), self._lengths
         if now - worker.at_ms > max(SILENCE_MS, 3 * lengths.tail, lengths.load if worker.state != "ready" else 0):
             return False  # alive is not enough: a hung worker's time is not paid on
-        return worker.work_ms - now < lengths.slice // 2
+        # Early enough that the worker, which ends before a step that would pass work_ms, never has to.
+        return worker.work_ms - now < lengths.slice * 2 // 3
 
     def _slice(self, worker: WorkerRow) -> Slice:
         return Slice(
@@ -259,21 +261,21 @@ class Sweep:
             balances = Ledger(connection, self.name).balances()
         now = self.workers.now_ms(worker) if worker else 0
         money = triage.funds(balances, self.study.micros_per_hour, worker, now, self.projector.load().mean)
-        return replace(money, finish=self._finish_cost(money, trials, results))
+        return replace(money, finish_seconds=self._finish_seconds(trials, results))
 
-    def _finish_cost(self, money: Funds, trials: list[TrialRow], results: Results) -> int:
-        """What bringing the leader to its end costs beyond its next decision, as long as it may still win."""
+    def _finish_seconds(self, trials: list[TrialRow], results: Results) -> float:
+        """What bringing the leader to its end takes beyond its next decision, as long as it may still win."""
         best = rungs.leader(trials, results, self.study.spec.search.eta)
         if best is None or not rungs.worth_finishing(best, trials, results):
-            return 0
+            return 0.0
         end = self.projector.to_end(best).mean
-        return money.cost(end - self.projector.to_target(best).mean if best.state in {"live", "waiting"} else end)
+        return end - self.projector.to_target(best).mean if best.state in {"live", "waiting"} else end
 
     # Fill
 
     def _fill(self) -> None:
-        """Fills the live set, then the slots: thaw a promoted trial, else ask Optuna for a new one."""
-        if self._stopping or self.interrupted or self._final():
+        """Fills the live set: thaw a promoted trial, else ask Optuna for a new one."""
+        if self._stopping or self.interrupted:
             return
         while True:
             trials, results = self._trials()
@@ -281,16 +283,22 @@ class Sweep:
                 break
             if not (self._wake(trials, results) or self._ask(trials, results) or self._finish(trials, results)):
                 break
+
+    def _seat(self) -> None:
+        """Gives free slots to those who wait longest and tells the worker, before anything slower is done."""
         trials, _ = self._trials()
         worker = self._worker()
         waiting = sorted((t for t in trials if t.state == "waiting" and t.slot is None), key=lambda t: t.turn)
+        if self._stopping or self.interrupted:
+            waiting = []
         if worker is None and waiting:
             self._launch()
         elif worker is not None and worker.state == "ready":
             for trial in waiting:
                 if self._slot_free(worker, trial, trials):
                     self._admit(worker, trial)
-                    break
+                    trials, _ = self._trials()
+        self._instruct()
 
     def _launch(self) -> None:
         try:
@@ -324,12 +332,16 @@ class Sweep:
         return True
 
     def _affordable(self, trial: TrialRow, trials: list[TrialRow], results: Results) -> bool:
-        """Whether a trial that joins can reach its end, and all can reach their next decision."""
-        joined = [t for t in trials if t.number != trial.number] + [trial]
-        money = self._funds(joined, results)
-        if money.cost(self.projector.to_end(trial).mean) > money.left_now:
+        """Whether a trial that joins can reach its end although all others reach their next decision before it."""
+        others = [t for t in trials if t.number != trial.number]
+        money = self._funds([*others, trial], results)
+        ahead = sum(self.projector.to_target(t).mean for t in others if t.state in {"live", "waiting"})
+        best = rungs.leader([*others, trial], results, self.study.spec.search.eta)
+        if best is None or best.number != trial.number:
+            ahead += money.finish_seconds
+        if money.cost(ahead + self.projector.to_end(trial).mean) + money.overhead > money.left_now:
             return False
-        return triage.projected_spend(money, joined, self.projector) <= money.balances.cap
+        return triage.projected_spend(money, [*others, trial], self.projector) <= money.balances.cap
 
     def _ask(self, trials: list[TrialRow], results: Results) -> bool:
         """Asks for a new trial; True if there is one more to consider."""
@@ -354,9 +366,10 @@ class Sweep:
             self._refused = 0
         else:
             self._refused += 1
-            needed = self._funds(trials, results)
-            end = usd(needed.cost(self.projector.to_end(self._newcomer(config)).mean))
-            reason = f"not started: its end is forecast at {end}, {usd(max(needed.left_now, 0))} are left"
+            money = self._funds(trials, results)
+            end = usd(money.cost(self.projector.to_end(self._newcomer(config)).mean))
+            left = usd(max(money.left_now, 0))
+            reason = f"not started: its end is forecast at {end}, with {left} left for it and those under way"
             self._end(self._newcomer(config), "pruned", reason)
         return True
 
@@ -387,7 +400,8 @@ class Sweep:
     @staticmethod
     def _slot_free(worker: WorkerRow, trial: TrialRow, trials: list[TrialRow]) -> bool:
         """A worker trains one method at a time, so many at once as it has slots."""
-        seated = [t for t in trials if t.slot == worker.id]
+        # One that was told to leave has left by the time the worker reads the next command.
+        seated = [t for t in trials if t.slot == worker.id and t.state in {"live", "judging"}]
         same = all(t.config.method == trial.config.method for t in seated)
         return same and len(seated) < worker.slots.get(trial.config.method, 0)
 
@@ -425,10 +439,6 @@ class Sweep:
             return
         if self.launcher.send(Path(worker.folder), Stop(fence=self.study.fence, within_ms=STOP_MS)):
             self._stopping = True
-
-    def _final(self) -> bool:
-        worker = self._worker()
-        return worker is not None and worker.final
 
     def _over(self) -> bool:
         if self._worker() is not None:

@@ -75,6 +75,10 @@ class Projector:
         pieces = Seconds(saved.mean * slots, saved.low * slots, saved.high * slots)
         return pieces + self.forecast.seconds(self._evaluate(), self.plan.validation_tokens)
 
+    def evaluation(self, tokens: int) -> Seconds:
+        """An evaluation of so many tokens."""
+        return self.forecast.seconds(self._evaluate(), tokens)
+
     def checkpoint(self, method: str) -> Seconds:
         """One trial's checkpoint."""
         return self.forecast.seconds(self._piece("checkpoint", method))

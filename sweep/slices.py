@@ -20,7 +20,7 @@ from sweep import records
 from sweep.errors import BudgetError, InvariantError
 from sweep.records import Study, WorkerRow
 
-MIN_SLICE_MS = 5_000
+MIN_SLICE_MS = 10_000
 MAX_SLICE_MS = 600_000
 GRACE_MS = 2_000  # between SIGTERM and SIGKILL
 EXIT_MS = 1_500  # interpreter teardown
@@ -36,10 +36,12 @@ class Lengths:
     tail: int
 
 
-def slice_ms(cap_micros: int, micros_per_hour: int, checkpoint_seconds: float) -> int:
-    """A slice's length: a hundredth of the cap, but long enough that checkpoints stay under a tenth of it."""
+def slice_ms(cap_micros: int, micros_per_hour: int, checkpoint_seconds: float, step_seconds: float) -> int:
+    """A slice's length: a hundredth of the cap, but long enough for ten checkpoints, and for eight steps (or evaluations)
+    so that a slow one does not outlast it."""
     affordable = affordable_ms(micros_per_hour, cap_micros // WASTE_SHARE)
-    return min(max(affordable, MIN_SLICE_MS, round(10_000 * checkpoint_seconds)), MAX_SLICE_MS)
+    least = max(MIN_SLICE_MS, round(10_000 * checkpoint_seconds), round(8_000 * step_seconds))
+    return min(max(affordable, least), MAX_SLICE_MS)
 
 
 def tail_ms(seconds: float) -> int:

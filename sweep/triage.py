@@ -21,7 +21,7 @@ class Funds:
     spent_now: int  # what the machine has cost up to now, settled or not
     prepaid_ms: int  # training time that open holds already pay for
     overhead: int  # what is forecast beyond trials: a load, if a worker has yet to start
-    finish: int = 0  # what bringing the leading trial from its next decision to its end costs
+    finish_seconds: float = 0.0  # from the leading trial's next decision to its end
 
     @property
     def left_now(self) -> int:
@@ -55,9 +55,9 @@ def projected_spend(money: Funds, trials: Sequence[TrialRow], projector: Project
     and not with many beginnings.
     """
     seconds = sum(projector.to_target(t).mean for t in trials if t.state in {"live", "waiting"})
-    beyond = max(seconds - money.prepaid_ms / 1000, 0.0)
+    beyond = max(seconds + money.finish_seconds - money.prepaid_ms / 1000, 0.0)
     balances = money.balances
-    return balances.spent + balances.held + money.cost(beyond) + money.finish + money.overhead + balances.reserve
+    return balances.spent + balances.held + money.cost(beyond) + money.overhead + balances.reserve
 
 
 def triage(

@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from budgets.ledger import Ledger
 from budgets.meter import account_of, charges
 from budgets.money import usd
-from sweep import records, slices, tables
+from sweep import records, slices, space, tables
 from sweep.apply import apply, end_attempt, rewind
 from sweep.errors import InvariantError, WorkerError
 from sweep.launchers.base import Launcher, LaunchError
@@ -48,7 +48,7 @@ class Workers:
         measured = self.projector.forecast.measured("load") > 0
         return Lengths(
             load=round(1000 * (1.5 * load.mean if measured else max(3 * load.mean, 30.0))),
-            slice=slices.slice_ms(cap, self.study.micros_per_hour, checkpoint),
+            slice=slices.slice_ms(cap, self.study.micros_per_hour, checkpoint, self._longest_step()),
             tail=slices.tail_ms(self.projector.tail(search.method, slots=1).high),
         )
 
@@ -159,6 +159,14 @@ class Workers:
             with self.store.write() as connection:
                 apply(connection, self.study, worker, event, offset)
         return self._row(worker.id)
+
+    def _longest_step(self) -> float:
+        """Seconds of the longest stretch without a look at the clock: a step of the largest batch, or an evaluation."""
+        search, plan = self.study.spec.search, self.projector.plan
+        tokens = max(search.batch_size) * plan.run_tokens // plan.examples
+        configs = [space.typical(m, search, plan.examples, self.study.spec.seed) for m in search.method]
+        steps = [self.projector.train(config, tokens).mean for config in configs]
+        return max(*steps, self.projector.evaluation(plan.rung_tokens).mean)
 
     def _row(self, identifier: str) -> WorkerRow:
         with self.store.read() as connection:

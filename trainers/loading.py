@@ -33,7 +33,7 @@ class LoadedEngines(Protocol):
 
 
 def load(job: WorkerJob) -> tuple[LoadedEngines, RemoveOlder]:
-    """Returns the job's engines, and what removes all but the newest of their checkpoints. Raises what loading raises."""
+    """Returns the job's engines, and what removes their older checkpoints. Raises what loading raises."""
     if job.model.startswith("replay:"):
         from trainers import replay
 

@@ -5,6 +5,7 @@ Weights come from safetensors only. No pickle is opened and no code of a model's
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,7 +260,7 @@ def convert_gguf(path: Path, out_folder: Path) -> None:
     try:
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except LOAD_ERRORS as error:
+    except (*LOAD_ERRORS, struct.error) as error:
         raise ModelError(f"{path.name}: cannot be read as GGUF: {one_line(error)}") from error
     config = loaded.config
     if hasattr(config, "quantization_config"):

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.processes.support import Bench
+from process_bench import Bench
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A tiny random Llama with a real tokenizer, data for it, and engines over both. No test here reaches the network."""
+"""Fixtures: the tiny model on disk, data for it, and engines over both. No test here reaches the network."""
 
 from __future__ import annotations
 
@@ -12,37 +12,12 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny import save_model, sentence
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from trainers.data import prepare
-from trainers.messages import TrialConfig, WorkerJob
+from trainers.messages import WorkerJob
 from trainers.models import LoadedEngines, load_engines
-
-WORDS = [
-    "red",
-    "blue",
-    "green",
-    "dog",
-    "cat",
-    "bird",
-    "runs",
-    "sleeps",
-    "sings",
-    "slowly",
-    "quickly",
-    "over",
-    "under",
-    "the",
-    "a",
-    "house",
-    "tree",
-    "river",
-]
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -63,47 +38,6 @@ def quiet() -> Iterator[None]:
     datasets.disable_progress_bars()
     yield
     torch.set_num_threads(threads)
-
-
-def sentence(rng: random.Random, low: int, high: int) -> str:
-    """A few random words."""
-    return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
-
-
-def save_model(folder: Path, config: Any = None) -> Path:
-    """Saves a tiny model (Llama unless a config is given) with its tokenizer."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    rng = random.Random(0)
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=340,
-        special_tokens=special,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    bpe.train_from_iterator([sentence(rng, 5, 10) for _ in range(200)], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>")
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(folder)
-    config = config or LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-    )
-    config.vocab_size = len(tokenizer)
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, tokenizer.eos_token_id, tokenizer.pad_token_id
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        from transformers import AutoModelForCausalLM
-
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -157,36 +91,3 @@ def load(model_folder: Path, data_folder: Path) -> Callable[[], LoadedEngines]:
         return load_engines(job)
 
     return fresh
-
-
-def lora_trial(**changes: Any) -> TrialConfig:
-    """A LoRA configuration of 21 steps."""
-    values = {"learning_rate": 1e-2, "batch_size": 4, "examples": 82, "seed": 7, "rank": 4, "alpha": 8.0}
-    return TrialConfig(**{"number": 1, "method": "lora", "targets": "all-linear", **values, **changes})
-
-
-def full_trial(**changes: Any) -> TrialConfig:
-    """A full-parameter configuration of 21 steps."""
-    values = {"learning_rate": 3e-3, "batch_size": 4, "examples": 82, "seed": 7, "weight_decay": 0.1}
-    return TrialConfig(**{"number": 2, "method": "full", **values, **changes})
-
-
-def curve(engine: Any, trial: int, steps: int | None = None) -> list[float]:
-    """Trains step by step, at most `steps`, and returns the training loss of each."""
-    losses: list[float] = []
-    while not engine.position(trial).done and (steps is None or len(losses) < steps):
-        engine.advance(lambda: True)
-        losses.append(engine.train_loss(trial))
-    return losses
-
-
-def weights(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
-    """A copy of a model's weights."""
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    """Whether two sets of tensors have the same names, types and bits."""
-    return left.keys() == right.keys() and all(
-        left[n].dtype == right[n].dtype and torch.equal(left[n], right[n]) for n in left
-    )

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from conftest import lora_trial
+from tiny import lora_trial
 from transformers import PreTrainedTokenizerFast
 
 from trainers import data, rows

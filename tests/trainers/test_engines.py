@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import curve, full_trial, lora_trial, same_bits, weights
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import curve, full_trial, lora_trial, same_bits, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainers import training
@@ -26,6 +26,8 @@ from trainers.messages import TrialConfig
 from trainers.models import LoadedEngines
 
 Load = Callable[[], LoadedEngines]
+# PEFT 0.21 asks transformers 5.23 for a property by its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 BOTH = pytest.mark.parametrize("config", [lora_trial(dropout=0.1), full_trial()], ids=["lora", "full"])
 
 
@@ -66,7 +68,7 @@ def plain_curve(model: Any, config: TrialConfig, train: Split, steps: int) -> li
 
 
 def test_lora_equals_a_plain_peft_loop(load: Load, model_folder: Path, data_folder: Path) -> None:
-    """20 steps give the losses of PEFT, torch's AdamW and clipping over the same rows, and the same adapter after them."""
+    """20 steps give the losses of PEFT, torch's AdamW and clipping over the same rows, and the same adapter."""
     config = lora_trial(weight_decay=0.01, clip_norm=0.5, warmup=0.2)
     engine: Any = load().engines["lora"]
     engine.admit(config, None, None)
@@ -113,7 +115,7 @@ def test_micro_batches_do_not_change_training(load: Load, config: TrialConfig) -
 
 @BOTH
 def test_pause_and_restore_is_invisible(load: Load, config: TrialConfig, tmp_path: Path) -> None:
-    """A trial paused at step 9 and restored by a fresh engine repeats the uninterrupted one to the bit, dropout included."""
+    """A trial paused at step 9 and restored by a fresh engine repeats the whole one to the bit, dropout included."""
     engine: Any = load().engines[config.method]
     engine.admit(config, None, None)
     whole = curve(engine, config.number)
@@ -131,9 +133,7 @@ def test_pause_and_restore_is_invisible(load: Load, config: TrialConfig, tmp_pat
     assert (position.step, position.done) == (9, False)
     assert first + curve(engine, config.number) == whole
     assert engine.evaluate(config.number, None) == judged
-    assert {p.name: p.read_bytes() for p in (tmp_path / "step-9").iterdir()} == files, (
-        "training wrote into its checkpoint"
-    )
+    assert {p.name: p.read_bytes() for p in (tmp_path / "step-9").iterdir()} == files, "training wrote into it"
 
 
 @BOTH
@@ -172,7 +172,7 @@ def test_methods_take_turns_over_one_base(load: Load) -> None:
 
 @BOTH
 def test_a_diverging_trial_fails_alone(load: Load, config: TrialConfig) -> None:
-    """An absurd learning rate ends as `diverged`; the slot is free, the base untouched, and the next trial unaffected."""
+    """An absurd learning rate ends as `diverged`; the slot is free, base and next trial are unaffected."""
     engine: Any = load().engines[config.method]
     before = weights(engine.base.model)
     engine.admit(config, None, None)
@@ -214,7 +214,7 @@ def test_out_of_memory_fails_the_trial(load: Load, config: TrialConfig, monkeypa
 
 
 def test_targets_positions_and_rungs(load: Load, data_folder: Path) -> None:
-    """A trial stands still at the first step with enough tokens, goes on in place, and ends where its run is complete."""
+    """A trial stands still at the first step with enough tokens, goes on in place, and ends with its run."""
     engine: Any = load().engines["lora"]
     train = load_split(data_folder, "train")
     plan = batches(lora_trial(), train.rows)
@@ -329,7 +329,7 @@ def test_failed_checkpoint_leaves_nothing(load: Load, config: TrialConfig, tmp_p
 
 
 def test_checkpoints_of_something_else_are_refused(load: Load, tmp_path: Path) -> None:
-    """A checkpoint of another configuration, a damaged one and none at all fail the trial, and the slot stays usable."""
+    """A checkpoint of another configuration, a damaged one and none fail the trial; the slot stays usable."""
     engine: Any = load().engines["lora"]
     before = weights(engine.base.model)
     engine.admit(lora_trial(), None, None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_model
+from tiny import save_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config
 
@@ -38,7 +38,7 @@ def examples(data_folder: Path) -> list[Example]:
 def test_chunked_loss_and_gradients_equal_torch(
     monkeypatch: pytest.MonkeyPatch, chunk: int, head_trained: bool
 ) -> None:
-    """Loss and both gradients equal torch's cross_entropy, in one chunk and in many, also scaled by what comes after."""
+    """Loss and both gradients equal torch's cross_entropy, in one chunk and in many, also when scaled later."""
     monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk)
     torch.manual_seed(0)
     results = []

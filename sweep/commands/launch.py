@@ -1,0 +1,64 @@
+"""`sweep launch SPEC`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from sweep.commands.common import json_option, storage_option
+from sweep.errors import UsageError
+
+
+@click.command()
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--cap", metavar="USD", help="The hard cap, such as $200; wins over budget.cap.")
+@click.option("--study", metavar="NAME", help="The study's name; wins over the spec's.")
+@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key: search.rank=[8,16].")
+@click.option("--anyway", is_flag=True, help="Launch although the GPU is not the one that the spec names.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@storage_option
+@json_option
+def command(
+    spec: Path,
+    cap: str | None,
+    study: str | None,
+    overrides: tuple[str, ...],
+    anyway: bool,
+    yes: bool,
+    storage: str,
+    as_json: bool,
+) -> None:
+    """Start a study under a hard cap.
+
+    Model, data and price are looked at first; that is not paid for. Then the plan is shown and you are asked once.
+    """
+    from rich.console import Console
+
+    from sweep import launch
+    from sweep.commands.drive import drive
+    from sweep.plan import outline
+    from sweep.spec import load
+    from sweep.store import Store
+    from sweep.views import tables
+
+    wanted = load(spec, overrides, study, cap)
+    price, note = launch.price_of(wanted)
+    if not yes and not sys.stdin.isatty():
+        raise UsageError("launching spends money and nobody is there to ask", "add --yes")
+    store = Store(storage, create=True)
+    try:
+        launch.refuse_taken(store, wanted.study)
+        folder = launch.study_folder(wanted.study)
+        facts = launch.look(wanted, folder)
+        if not anyway:
+            launch.compare_gpu(wanted, facts)
+        drawn = outline(wanted, facts, price).as_json()
+        tables.show_outline(Console(stderr=True), drawn, note, facts, wanted.machine.stop_command)
+        if not yes and not click.confirm("Launch?", err=True):
+            raise UsageError("not launched; nothing was spent")
+        launch.create(store, wanted, facts, price, folder)
+        drive(store, wanted.study, None, as_json=as_json)
+    finally:
+        store.dispose()

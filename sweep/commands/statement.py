@@ -1,0 +1,27 @@
+"""`sweep statement [STUDY]`."""
+
+from __future__ import annotations
+
+import click
+
+from sweep.commands.common import json_option, print_json, reading, storage_option
+
+
+@click.command()
+@click.argument("study", required=False)
+@click.option("--all", "everything", is_flag=True, help="Every trial on a line of its own.")
+@storage_option
+@json_option
+def command(study: str | None, everything: bool, storage: str, as_json: bool) -> None:
+    """Where every cent went: trials, overhead, idle; they add up to what was spent."""
+    from rich.console import Console
+
+    from sweep import summary
+    from sweep.views import tables
+
+    with reading(storage, study) as (connection, name):
+        values = summary.statement(connection, name)
+    if as_json:
+        print_json(values)
+    else:
+        tables.show_statement(Console(), values, everything=everything)

@@ -1,0 +1,206 @@
+"""What the read verbs show, as plain values: the tables render them and `--json` prints them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sqlalchemy import Connection
+
+from budgets.ledger import Balances, Ledger, trial_account
+from budgets.money import MICROS
+from budgets.statement import statement as draw_up
+from sweep import records, rungs, space, triage
+from sweep.errors import NotFoundError
+from sweep.loop import projector_of
+from sweep.records import Study, TrialRow
+from sweep.rungs import Results
+
+SCHEMA_VERSION = 1
+
+
+def money(micros: int) -> dict[str, Any]:
+    """An amount for machines and for people: whole micro-dollars and a decimal text."""
+    return {"micros": micros, "usd": f"{micros / MICROS:.6f}"}
+
+
+def latest(connection: Connection) -> str:
+    """The study that was launched last. Raises NotFoundError."""
+    names = records.study_names(connection)
+    if not names:
+        raise NotFoundError("this database holds no study", "sweep launch SPEC")
+    return names[-1]
+
+
+def trials(connection: Connection, name: str) -> list[dict[str, Any]]:
+    """All trials: those with the best results first, then by number."""
+    study = records.study(connection, name)
+    rows = records.trials(connection, name)
+    balances = Ledger(connection, name).balances()
+    curves: dict[int, list[dict[str, Any]]] = {}
+    for row in records.evaluations(connection, name):
+        curves.setdefault(row.trial, []).append(
+            {"rung": row.rung, "tokens": row.tokens, "loss": row.loss, "full_loss": row.full_loss}
+        )
+    last = len(study.facts["plan"]["rungs"])
+    return [_trial(row, curves.get(row.number, []), balances, last) for row in sorted(rows, key=_order)]
+
+
+def _order(trial: TrialRow) -> tuple[int, float, int]:
+    """Completed ones by their loss over all rows, then by rung and loss there, then those without a loss."""
+    if trial.diverged or trial.loss is None:
+        return (1_000, 0.0, trial.number)
+    if trial.state == "completed" and trial.full_loss is not None:
+        return (0, trial.full_loss, trial.number)
+    return (100 - trial.rung, trial.loss, trial.number)
+
+
+def _trial(trial: TrialRow, curve: list[dict[str, Any]], balances: Balances, last: int) -> dict[str, Any]:
+    spent = balances.accounts.get(trial_account(trial.number), 0)
+    config = {k: v for k, v in dataclasses.asdict(trial.config).items() if k != "number" and v is not None}
+    return {
+        "number": trial.number,
+        "state": trial.state,
+        "in_words": space.describe(trial.config),
+        "config": config,
+        "rung": trial.rung,
+        "last_rung": last,
+        "step": trial.step,
+        "tokens": trial.tokens,
+        "loss": trial.loss,
+        "full_loss": trial.full_loss,
+        "train_loss": trial.train_loss,
+        "cost": money(spent),
+        "reason": trial.reason,
+        "folder": trial.checkpoint,
+        "curve": curve,
+    }
+
+
+def best(connection: Connection, name: str) -> dict[str, Any]:
+    """The best trial, beside the untrained model. Raises NotFoundError while no trial was evaluated."""
+    study = records.study(connection, name)
+    ranked = trials(connection, name)
+    if not ranked or ranked[0]["loss"] is None:
+        raise NotFoundError(f"no trial of {name} was evaluated yet", f"watch it with `sweep status {name}`")
+    winner = ranked[0]
+    finished = winner["full_loss"] is not None
+    loss, base = (winner["full_loss"], study.base_loss) if finished else (winner["loss"], study.base_rung_loss)
+    gain = 1 - loss / base if base else None
+    return {
+        "study": name,
+        "trial": winner,
+        "loss": loss,
+        "base_loss": base,
+        "gain": gain,
+        "trained_to_its_end": finished,
+        "rows": "all validation rows" if finished else "the rung's validation rows",
+    }
+
+
+def statement(connection: Connection, name: str) -> dict[str, Any]:
+    """Where the money went. Raises NotFoundError."""
+    study = records.study(connection, name)
+    drawn = draw_up(Ledger(connection, name).balances())
+    described = {t.number: (space.describe(t.config), t.state) for t in records.trials(connection, name)}
+    machine_ms = sum(worker.settled_ms for worker in records.workers(connection, name))
+    return {
+        "study": name,
+        "micros_per_hour": study.micros_per_hour,
+        "machine_ms": machine_ms,
+        "trials": [
+            {"number": n, "in_words": described[n][0], "state": described[n][1], **money(m)}
+            for n, m in drawn.trials.items()
+        ],
+        "overhead": {centre: money(m) for centre, m in drawn.overhead.items()},
+        "idle": money(drawn.idle),
+        "spent": money(drawn.spent),
+        "held": money(drawn.held),
+        "left": money(drawn.left),
+        "cap": money(drawn.cap),
+        "overrun": money(drawn.overrun),
+    }
+
+
+def status(connection: Connection, name: str, now_ms: dict[str, int] | None = None) -> dict[str, Any]:
+    """Budget, projection, what runs, the best so far, the last events. `now_ms`: worker id to its meter now."""
+    study = records.study(connection, name)
+    rows = records.trials(connection, name)
+    balances = Ledger(connection, name).balances()
+    worker = next(iter(records.workers(connection, name, living=True)), None)
+    projected, low, high = _projected(connection, study, rows, balances, now_ms or {})
+    ranked = trials(connection, name)
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row.state] = counts.get(row.state, 0) + 1
+    evaluated = bool(ranked) and ranked[0]["loss"] is not None
+    return {
+        "study": name,
+        "state": study.state,
+        "worker": None if worker is None else {"state": worker.state, "device": worker.device, "slice": worker.slice},
+        "cap": money(balances.cap),
+        "spent": money(balances.spent),
+        "held": money(balances.held),
+        "left": money(balances.left),
+        "projected": money(projected),
+        "projected_low": money(low),
+        "projected_high": money(high),
+        "frozen": balances.frozen,
+        "overrun": money(balances.overrun),
+        "micros_per_hour": study.micros_per_hour,
+        "base_loss": study.base_loss,
+        "trials": len(rows),
+        "counts": counts,
+        "running": [t for t in ranked if t["state"] in records.RUNNING],
+        "best": ranked[0] if evaluated else None,
+        "events": [
+            {"unix_ms": e.unix_ms, "kind": e.kind, "text": e.text} for e in records.log_after(connection, name, 0)[-8:]
+        ],
+    }
+
+
+def _projected(
+    connection: Connection, study: Study, rows: list[TrialRow], balances: Balances, now_ms: dict[str, int]
+) -> tuple[int, int, int]:
+    """Projected spend and its 80 % interval, in micro-dollars."""
+    worker = next(iter(records.workers(connection, study.name, living=True)), None)
+    projector = projector_of(study, connection)
+    running = [t for t in rows if t.state in {"live", "waiting"}]
+    if worker is None and not running:
+        return balances.spent, balances.spent, balances.spent
+    now = now_ms.get(worker.id, worker.at_ms) if worker else 0
+    funds = triage.funds(balances, study.micros_per_hour, worker, now, projector.load().mean)
+    results = Results((e.trial, e.rung, e.loss) for e in records.evaluations(connection, study.name))
+    leader = rungs.leader(rows, results, study.spec.search.eta)
+    to_end = 0.0
+    if leader is not None and rungs.worth_finishing(leader, rows, results):
+        to_end = projector.to_end(leader).mean
+        to_end -= projector.to_target(leader).mean if leader in running else 0.0
+    funds = dataclasses.replace(funds, finish_seconds=to_end)
+    middle = triage.projected_spend(funds, running, projector)
+    spread = [projector.to_target(t) for t in running]
+    down = funds.cost(sum(max(s.mean - s.low, 0.0) for s in spread))
+    up = funds.cost(sum(max(s.high - s.mean, 0.0) for s in spread))
+    return middle, max(middle - down, balances.spent), middle + up
+
+
+def listing(connection: Connection) -> list[dict[str, Any]]:
+    """All studies of this database, oldest first."""
+    found = []
+    for name in records.study_names(connection):
+        study = records.study(connection, name)
+        balances = Ledger(connection, name).balances()
+        ranked = trials(connection, name)
+        top = ranked[0] if ranked and ranked[0]["loss"] is not None else None
+        found.append(
+            {
+                "study": name,
+                "state": study.state,
+                "model": study.spec.model,
+                "trials": len(ranked),
+                "best": None if top is None else top["full_loss"] or top["loss"],
+                "spent": money(balances.spent),
+                "cap": money(balances.cap),
+            }
+        )
+    return found
