@@ -37,8 +37,10 @@ class Lengths:
 
 
 def slice_ms(cap_micros: int, micros_per_hour: int, checkpoint_seconds: float, step_seconds: float) -> int:
-    """A slice's length: a hundredth of the cap, but long enough for ten checkpoints, and for eight steps (or evaluations)
-    so that a slow one does not outlast it."""
+    """A slice's length: a hundredth of the cap.
+
+    But long enough for ten checkpoints and eight steps (or evaluations), so that a slow one does not outlast it.
+    """
     affordable = affordable_ms(micros_per_hour, cap_micros // WASTE_SHARE)
     least = max(MIN_SLICE_MS, round(10_000 * checkpoint_seconds), round(8_000 * step_seconds))
     return min(max(affordable, least), MAX_SLICE_MS)

@@ -79,7 +79,7 @@ class Memory:
             return trial.number, suggest(trial)
 
     def report(self, number: int, rung: int, loss: float) -> None:
-        """Notes a loss at a rung. The step is the rung's index, as TPE orders pruned trials by step first. Repeatable."""
+        """Notes a loss at a rung. The step is the rung's index: TPE orders by it. Repeatable."""
         if self._state(number).is_finished() or not math.isfinite(loss):
             return
         self._storage.set_trial_intermediate_value(self._id(number), rung, loss)

@@ -43,7 +43,7 @@ def drive(store: Store, name: str, cap: int | None, *, as_json: bool) -> None:
 
 
 def conclude(store: Store, name: str) -> None:
-    """Says on stderr what the study cost and what to type next. Raises BudgetError if nothing was trained to its end."""
+    """Says what the study cost and what to type next. Raises BudgetError if no trial came to its end."""
     with store.read() as connection:
         study = records.study(connection, name)
         state = summary.status(connection, name)

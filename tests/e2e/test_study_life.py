@@ -1,0 +1,159 @@
+"""A study's life through the real command line, on recorded curves: launch, budget, resume, close."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import optuna
+import pytest
+from studies import kill, pids, read, spent, start, sweep, wait_for, write_spec
+
+from budgets.money import cost_micros
+
+
+def test_a_study_ends_inside_its_cap_with_a_winner(tmp_path: Path) -> None:
+    """Proves the main job: trials are asked, promoted, pruned by the projection; every cent is accounted for."""
+    spec = write_spec(tmp_path, cap="$0.05", timings=True, method=["lora", "full"])
+    done = sweep("launch", str(spec), "--yes", cwd=tmp_path)
+    assert "Next: sweep best words" in done.stderr
+    found = read(tmp_path)
+    states = [trial.state for trial in found["trials"]]
+    assert len(states) >= 8 and states.count("completed") >= 1
+    assert any("projected $" in trial.reason and "of $0.05" in trial.reason for trial in found["trials"])
+    assert found["held"] == 0 and spent(found["accounts"]) <= 50_000
+    (worker,) = found["workers"]
+    assert spent(found["accounts"]) == cost_micros(worker.micros_per_hour, worker.settled_ms)
+    assert all(trial.told == (trial.state in {"completed", "pruned", "failed"}) for trial in found["trials"])
+    best = json.loads(sweep("best", "--json", cwd=tmp_path).stdout)
+    losses = [trial.full_loss for trial in found["trials"] if trial.state == "completed"]
+    assert best["loss"] == min(losses) and best["gain"] > 0.25
+    drawn = json.loads(sweep("statement", "--json", cwd=tmp_path).stdout)
+    lines = sum(t["micros"] for t in drawn["trials"]) + sum(v["micros"] for v in drawn["overhead"].values())
+    assert lines + drawn["idle"]["micros"] == drawn["spent"]["micros"] == spent(found["accounts"])
+
+
+def test_optuna_reads_the_study_as_any_other(tmp_path: Path) -> None:
+    """Proves that optuna.load_study sees all trials and values, and paused ones as RUNNING until the close."""
+    spec = write_spec(tmp_path, cap="$0.05", timings=True, trials=8)
+    sweep("launch", str(spec), "--yes", cwd=tmp_path)
+    found = read(tmp_path)
+    url = f"sqlite:///{tmp_path}/studies.db"
+    stored = optuna.load_study(study_name="words", storage=url)
+    assert len(stored.trials) == len(found["trials"]) == 8
+    by_state = {"completed": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
+    for ours, theirs in zip(found["trials"], stored.trials, strict=True):
+        assert theirs.state.name == by_state.get(ours.state, "RUNNING")
+        assert theirs.params["lora_rank"] == ours.config.rank
+        assert not ours.diverged or theirs.value is None
+    complete = [t for t in found["trials"] if t.state == "completed"]
+    assert stored.best_value == min(t.full_loss for t in complete)
+    paused = [t.number for t in found["trials"] if t.state == "paused"]
+    assert paused
+    sweep("close", "words", cwd=tmp_path)
+    assert all(optuna.load_study(study_name="words", storage=url).trials[n].state.name == "PRUNED" for n in paused)
+    assert "is closed" in sweep("resume", "words", cwd=tmp_path, check=2).stderr
+
+
+def test_the_same_seed_gives_the_same_study_also_when_it_is_killed(tmp_path: Path) -> None:
+    """Proves determinism on recorded timings: two runs and one killed -9 and resumed ask and measure the same."""
+    outcomes = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        spec = write_spec(tmp_path / name, cap="$5", timings=True, trials=10, method=["lora", "full"])
+        sweep("launch", str(spec), "--yes", cwd=tmp_path / name)
+        outcomes.append(_asked_and_measured(tmp_path / name))
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    out = folder / "out.txt"
+    spec = write_spec(folder, cap="$5", timings=True, sleep=0.0003, trials=10, method=["lora", "full"])
+    process = start("launch", str(spec), "--yes", cwd=folder)
+    wait_for(lambda: out.exists() and "promoted" in out.read_text())
+    assert kill(pids(folder)["worker"])
+    wait_for(lambda: "worker 2 is ready" in out.read_text())
+    process.kill()
+    process.wait()
+    sweep("resume", "words", cwd=folder)
+    assert outcomes[0] == outcomes[1] == _asked_and_measured(folder)
+
+
+def _asked_and_measured(folder: Path) -> tuple[list[object], list[object]]:
+    found = read(folder)
+    return [(t.number, t.config, t.state, t.loss, t.full_loss) for t in found["trials"]], found["evaluations"]
+
+
+def test_more_money_goes_on_where_the_cap_stopped(tmp_path: Path) -> None:
+    """Proves resume --cap: parked trials go on, the cap spans both runs, a cap below what is spent is refused."""
+    spec = write_spec(tmp_path, cap="$0.03", timings=True)
+    sweep("launch", str(spec), "--yes", cwd=tmp_path)
+    before = read(tmp_path)
+    refused = sweep("resume", "words", "--cap", "$0.001", cwd=tmp_path, check=2)
+    assert "spent and held already" in refused.stderr
+    sweep("resume", "words", "--cap", "$0.08", cwd=tmp_path)
+    after = read(tmp_path)
+    assert len(after["trials"]) > len(before["trials"])
+    assert 30_000 < spent(after["accounts"]) <= 80_000
+    completed = [t.number for t in before["trials"] if t.state == "completed"]
+    assert all(after["trials"][n].full_loss == before["trials"][n].full_loss for n in completed)
+
+
+def test_ctrl_c_checkpoints_and_settles(tmp_path: Path) -> None:
+    """Proves the interrupt: exit 130, nothing held, the resume ends the study; a second orchestrator is refused."""
+    spec = write_spec(tmp_path, cap="$0.2", sleep=0.001, trials=6)
+    process = start("launch", str(spec), "--yes", cwd=tmp_path)
+    wait_for(lambda: (tmp_path / "out.txt").exists() and "starts" in (tmp_path / "out.txt").read_text())
+    wait_for(lambda: "trial 1" in (tmp_path / "out.txt").read_text())
+    assert "another orchestrator" in sweep("resume", "words", cwd=tmp_path, check=6).stderr
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert "sweep resume words" in (tmp_path / "out.txt").read_text()
+    assert read(tmp_path)["held"] == 0
+    sweep("resume", "words", cwd=tmp_path)
+    assert read(tmp_path)["held"] == 0
+
+
+@pytest.mark.parametrize("victim", ["watchdog", "worker", "orchestrator", "all"])
+def test_kill_minus_nine_of_anything_loses_nothing(tmp_path: Path, victim: str) -> None:
+    """Proves recovery: the study ends, no trial is lost, charges equal machine time, workers follow one another."""
+    spec = write_spec(tmp_path, cap="$0.5", sleep=0.0005, trials=6)
+    process = start("launch", str(spec), "--yes", cwd=tmp_path)
+    wait_for(lambda: (tmp_path / "out.txt").exists() and "promoted" in (tmp_path / "out.txt").read_text())
+    running = pids(tmp_path)
+    if victim in {"orchestrator", "all"}:
+        process.kill()
+        process.wait()
+    if victim in {"watchdog", "all"}:
+        assert kill(running["watchdog"])
+    if victim in {"worker", "all"}:
+        kill(running["worker"])
+    if victim in {"orchestrator", "all"}:
+        sweep("resume", "words", cwd=tmp_path)
+    else:
+        assert process.wait(timeout=90) == 0
+    found = read(tmp_path)
+    assert len(found["trials"]) == 6 and found["held"] == 0
+    assert all(trial.state in {"completed", "paused", "pruned"} for trial in found["trials"])
+    machine = sum(cost_micros(w.micros_per_hour, w.settled_ms) for w in found["workers"])
+    assert spent(found["accounts"]) == machine
+    if victim == "orchestrator":
+        assert len(found["workers"]) == 1, "the living worker was taken over, not replaced"
+    else:
+        assert len(found["workers"]) == 2
+
+
+def test_a_worker_without_an_orchestrator_ends_with_its_slice(tmp_path: Path) -> None:
+    """Proves that nobody is needed to stop spending: alone, the worker ends within its paid time and is settled."""
+    spec = write_spec(tmp_path, cap="$0.5", sleep=0.002, trials=3)
+    process = start("launch", str(spec), "--yes", cwd=tmp_path)
+    wait_for(lambda: (tmp_path / "out.txt").exists() and "trial 0 starts" in (tmp_path / "out.txt").read_text())
+    process.kill()
+    process.wait()
+    (worker,) = read(tmp_path)["workers"]
+    usage = Path(worker.folder) / "usage.jsonl"
+    wait_for(lambda: '"ended":true' in usage.read_text().replace(" ", ""), seconds=60)
+    used = json.loads(usage.read_text().splitlines()[-1])["ms"]
+    assert used <= read(tmp_path)["workers"][0].paid_ms
+    sweep("resume", "words", "--cap", "$0.06", cwd=tmp_path, check=None)
+    first = read(tmp_path)["workers"][0]
+    assert first.settled_ms == used

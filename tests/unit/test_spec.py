@@ -1,0 +1,80 @@
+"""A spec that is wrong is refused in one line that names key and line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sweep.errors import SpecError
+from sweep.spec import Spec, load
+
+TEXT = """\
+model: m
+data:
+  train: t.jsonl
+machine:
+  price: $1.29/hour
+budget:
+  cap: $200
+search:
+  rank: 8
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A minimal spec."""
+    file = tmp_path / "words.yaml"
+    file.write_text(TEXT)
+    return file
+
+
+def test_defaults_are_filled_in_and_survive_storage(path: Path) -> None:
+    """Proves that only model, data, machine and cap are needed, and that the stored copy reads back alike."""
+    spec = load(path)
+    assert (spec.study, spec.budget.cap, spec.machine.price) == ("words", 200_000_000, 1_290_000)
+    assert spec.search.rank == (8,) and spec.search.live == 4
+    assert Spec.model_validate(spec.resolved()) == spec
+
+
+def test_overrides_win(path: Path) -> None:
+    """Proves --set, --cap and --study; numbers such as 1e-4, which YAML reads as text, become numbers."""
+    spec = load(path, ["search.rank=[8,16]", "search.learning_rate={low: 1e-4, high: 1e-2}"], "other", "$5")
+    assert (spec.study, spec.budget.cap, spec.search.rank) == ("other", 5_000_000, (8, 16))
+    assert spec.search.learning_rate.low == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("search.rnk=3", r"line 8: unknown key search\.rnk; did you mean rank\?"),
+        ("modl=3", r"unknown key modl; did you mean model\?"),
+        ("budget.cap=$0", r"line 7: budget\.cap: .*greater than 0"),
+        ("machine.price=-1", r"line 5: machine\.price: .*greater than 0"),
+        ("search.targets=[atention]", r"search\.targets\.0: input should be 'attention', 'mlp' or 'all-linear'"),
+        ("search.learning_rate={low: 1, high: 0.1}", r"search\.learning_rate: low 1 is over high 0\.1"),
+        ("machine.price=null", r"line 4: machine: needs `gpu`"),
+        ("data.validation=1.5", r"data\.validation: input should be less than 1"),
+        ("search.rungs=[0.2, 0.1]", r"rungs must rise"),
+        ("budget.cap=lots", r"not an amount of dollars"),
+        ("nonsense", r"write it as"),
+    ],
+)
+def test_errors_name_key_and_line(path: Path, override: str, message: str) -> None:
+    """Proves that each mistake is one line that says what, where and what is known."""
+    with pytest.raises(SpecError, match=message) as caught:
+        load(path, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_spec(tmp_path: Path) -> None:
+    """Proves the messages for a missing, a broken and an empty file."""
+    with pytest.raises(SpecError, match="there is no spec file"):
+        load(tmp_path / "missing.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\nb: 2")
+    with pytest.raises(SpecError, match=r"line 2: not YAML"):
+        load(tmp_path / "broken.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(SpecError, match="not a spec"):
+        load(tmp_path / "empty.yaml")
