@@ -105,9 +105,11 @@ class Sweep:
         if changed or self.interrupted:
             self._judge()
             self._project()
+            self._tell_ended()
             self._seat()
             self._fill()
             self._seat()
+            self._tell_ended()
         self._first_step = False
         return changed
 
@@ -231,7 +233,13 @@ class Sweep:
 
     def _end(self, trial: TrialRow, state: str, reason: str, *, diverged: bool = False) -> None:
         self._change(trial, state, reason, diverged=int(diverged))
-        self._tell(replace(trial, state=state, reason=reason))
+
+    def _tell_ended(self) -> None:
+        """Tells Optuna who ended, whether we decided it or the worker reported it."""
+        trials, _ = self._trials()
+        for trial in trials:
+            if trial.state in records.ENDED and not trial.told:
+                self._tell(trial)
 
     def _tell(self, trial: TrialRow) -> None:
         with self.store.read() as connection:
@@ -476,5 +484,3 @@ class Sweep:
                 loss = results.losses.get(rung, {}).get(trial.number)
                 if loss is not None and not trial.diverged and trial.state != "judging":
                     self.memory.report(trial.number, rung, loss)
-            if trial.state in records.ENDED:
-                self._tell(trial)

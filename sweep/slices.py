@@ -31,7 +31,8 @@ WASTE_SHARE = 100  # a crash wastes at most about one slice: a hundredth of the 
 class Lengths:
     """The three lengths of paid time, in ms."""
 
-    load: int
+    load: int  # start-up, generously
+    expected_load: int  # start-up, as forecast
     slice: int
     tail: int
 
@@ -69,7 +70,7 @@ def open_slice(connection: Connection, study: Study, worker: str, lengths: Lengt
     left = balances.left - balances.reserve
     wanted = lengths.load + lengths.slice + lengths.tail
     paid = min(wanted, affordable_ms(study.micros_per_hour, left))
-    least = lengths.load + MIN_SLICE_MS + lengths.tail
+    least = lengths.expected_load + MIN_SLICE_MS + lengths.tail
     if paid < least:
         needed = cost_micros(study.micros_per_hour, least)
         raise BudgetError(

@@ -48,6 +48,7 @@ class Workers:
         measured = self.projector.forecast.measured("load") > 0
         return Lengths(
             load=round(1000 * (1.5 * load.mean if measured else max(3 * load.mean, 30.0))),
+            expected_load=round(1000 * load.mean),
             slice=slices.slice_ms(cap, self.study.micros_per_hour, checkpoint, self._longest_step()),
             tail=slices.tail_ms(self.projector.tail(search.method, slots=1).high),
         )

@@ -48,8 +48,9 @@ _GONE_LOOK_S = 0.01
 
 def log(text: str) -> None:
     """Writes a line for people; the launcher sends stderr to watchdog.log."""
-    sys.stderr.write(f"watchdog {os.getpid()}: {text}\n")
-    sys.stderr.flush()
+    # A full disk takes the log first of all, and the watchdog is needed most just then: it goes on without.
+    with contextlib.suppress(OSError):
+        os.write(2, f"watchdog {os.getpid()}: {text}\n".encode())
 
 
 def take_lines(buffer: bytearray) -> list[bytes]:
@@ -195,8 +196,8 @@ class Watchdog:
         try:
             journal.append(lines)
         except OSError as error:
-            log(f"cannot record ({error}); freeing the ballast")
             self._ballast.free()
+            log(f"cannot record ({error}); the ballast is freed")
             try:
                 journal.append(b"")
             except OSError:

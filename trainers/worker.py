@@ -103,8 +103,9 @@ class Worker:
             self._emit(Ended, reason="disk", message=str(error))
             return EXIT_DISK
         except Exception as error:
-            traceback.print_exc()
+            # Said first: worker.log may be on the very disk that is full.
             self._emit(Ended, reason="error", message=f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
+            traceback.print_exc()
             return 1
 
     def _load(self) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from sweep.views.parts import budget_bar, loss_text
+from sweep.views.pieces import budget_bar, loss_text
 from sweep.views.tables import running_table
 
 Mode = Literal["live", "lines", "json"]

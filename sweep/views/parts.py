@@ -187,9 +187,7 @@ def fit(columns: Sequence[Column], width: int, glyphs: Glyphs, *, indent: int = 
         table.add_column("", width=max(indent - space, 0))
     for column in shown:
         justify = "right" if column.right else "left"
-        table.add_column(
-            Text(column.title), justify=justify, width=widths[column.title], no_wrap=True, overflow="crop"
-        )
+        table.add_column(Text(column.title), justify=justify, width=widths[column.title], no_wrap=True, overflow="crop")
     for row in range(len(shown[0].cells) if shown else 0):
         cells = [
             Text(glyphs.clip(c.cells[row], widths[c.title]) if not c.right else c.cells[row], _style(c, row))

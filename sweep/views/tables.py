@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from budgets.money import usd
-from sweep.views.parts import amount, budget_bar, loss_text, plain_table, sparkline
+from sweep.views.pieces import amount, budget_bar, loss_text, plain_table, sparkline
 
 WIDE = 120  # columns from which there is room for reasons
 MANY = 15  # trials that a statement shows one by one

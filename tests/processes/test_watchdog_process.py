@@ -148,10 +148,12 @@ def _try_send(bench: Bench, command: Drop) -> bool:
         return False
 
 
-def test_killed_watchdog(bench: Bench) -> None:
-    """kill -9 of the watchdog takes the real worker with it: both locks are free, and there is no final record."""
+def test_killed_watchdog(make_bench: Callable[..., Bench]) -> None:
+    """kill -9 of the watchdog takes a worker in the middle of a long step with it: locks free, no final record."""
+    bench = make_bench(sleep_seconds_per_token=0.05)
     bench.start()
-    bench.wait_event("ready")
+    bench.admit(batch_size=20)
+    bench.wait_event("admitted")
     pids = json.loads((bench.folder / "watchdog.json").read_text())
     assert bench.launcher.worker_alive(bench.folder)
     os.kill(pids["watchdog"], signal.SIGKILL)
@@ -282,7 +284,10 @@ def test_release(bench: Bench, stop: bool) -> None:
 
 
 def test_full_disk_ends_the_worker(bench: Bench) -> None:
-    """Events that can't be recorded even without the ballast end the worker; the events file stays whole."""
+    """Events that can't be recorded even without the ballast end the worker; the events file stays whole.
+
+    The log is on a full disk too (/dev/full), which must not end the watchdog.
+    """
     code = "for n in range(9):\n    " + EVENT.replace("%d", "1").replace("%s", "x" * 50_000) + SLEEP
     job = bench.job(command=[sys.executable, "-c", "import time\n" + code])
     bench.folder.mkdir()
@@ -292,7 +297,10 @@ def test_full_disk_ends_the_worker(bench: Bench) -> None:
         "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); "
         f"sys.argv = ['watchdog', {str(bench.folder)!r}]; runpy.run_module('trainers.watchdog', run_name='__main__')"
     )
-    with subprocess.Popen([sys.executable, "-c", limited], stderr=subprocess.DEVNULL) as process:
+    with (
+        Path("/dev/full").open("wb") as full,
+        subprocess.Popen([sys.executable, "-c", limited], stderr=full) as process,
+    ):
         record = bench.wait_ended()
         assert record.why == "disk" and record.exit_code == -15
         assert 1 <= len(bench.poll()) < 9 and (bench.folder / "events.jsonl").read_bytes().endswith(b"\n")

@@ -39,6 +39,8 @@ def test_full_round(make_bench: Callable[..., Bench]) -> None:
     assert bench.wait_event("progress").tokens > 500
     assert bench.wait_event("evaluated", 2).tokens == 2000
     bench.launcher.send(bench.folder, again)
+    bench.launcher.send(bench.folder, EvaluateBase(fence=1))
+    bench.wait_event("base_evaluated", 2)  # so that a repetition taken for a command would have its time
     bench.launcher.send(bench.folder, Pause(fence=1, trial=0))
     bench.launcher.send(bench.folder, Pause(fence=1, trial=0))
     bench.launcher.send(bench.folder, Drop(fence=1, trial=77))

@@ -68,8 +68,9 @@ def money(cap: int, spent: int, held: int = 0) -> triage.Funds:
 def test_triage_prunes_the_least_promising_until_it_fits() -> None:
     """Proves triage: what cannot reach its end goes first, then the worst, each with its figures as the reason."""
     projector = Projector(PLAN, 10_000_000, "cpu", 2)
-    results = Results([(0, 0, 2.0), (1, 0, 3.0), (2, 0, 2.5)])
-    rows = [trial(n, state="waiting", rung=0, target=1, tokens=1_000, loss=x) for n, x in enumerate((2.0, 3.0, 2.5))]
+    losses = {0: 2.0, 1: 3.0, 2: 2.5}
+    results = Results((number, 1, loss) for number, loss in losses.items())
+    rows = [trial(n, state="waiting", rung=1, target=2, tokens=2_500, loss=loss) for n, loss in losses.items()]
     funds = money(10**9, 0)
     assert triage.triage(funds, rows, results, projector, 2) == []
     need = triage.projected_spend(funds, rows, projector)
@@ -78,7 +79,7 @@ def test_triage_prunes_the_least_promising_until_it_fits() -> None:
     assert end < need, "all three can still be brought to their end one at a time"
     stopped = triage.triage(tight, rows, results, projector, 2)
     assert [row.number for row, _ in stopped] == [1]
-    assert "ranked last of 3 at 1,000 tokens" in stopped[0][1] and " of $" in stopped[0][1]
+    assert "ranked last of 3 at 2,500 tokens" in stopped[0][1] and " of $" in stopped[0][1]
     poor = money(end - 1, 0)
     assert len(triage.triage(poor, rows, results, projector, 2)) == 3
     assert "its end is forecast at" in triage.triage(poor, rows, results, projector, 2)[0][1]
