@@ -20,5 +20,6 @@ echo
 echo
 "$sweep" statement "$study"
 echo
-echo "Next, look at what \$200 would buy for a 7B model, before a cent is spent:"
-echo "    $sweep plan examples/7b-200usd.yaml"
+echo "Next, look at all trials, or spend two more cents on the same study:"
+echo "    $sweep trials $study"
+echo "    $sweep resume $study --cap '\$0.06'"
