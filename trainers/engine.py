@@ -1,4 +1,6 @@
-"""The Engine protocol: trains every admitted trial over one base model. Nothing above it depends on the number of slots.
+"""The Engine protocol: trains every admitted trial over one base model.
+
+Nothing above it depends on the number of slots.
 
 Torch-free, so that `replay.py` and tests can implement it without a model. An engine raises TrialFailed for what
 concerns one trial; that trial's slot is free afterwards and its neighbours are untouched.
@@ -34,7 +36,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sum of negative log-likelihoods (nats) over completion tokens, and their number, over the rung rows and over all rows seen."""
+    """Sums of negative log-likelihoods (nats) over completion tokens, over the rung rows and over all rows seen."""
 
     rung_nll: float
     rung_tokens: int
@@ -67,10 +69,13 @@ class Engine(Protocol):
         """Mean training loss over the steps since the last call; nan if there were none."""
 
     def evaluate(self, trial: int | None, rows: int | None) -> Evaluation:
-        """Loss on the first `rows` validation rows (None: all) with the trial's weights; None is the base model."""
+        """Loss on the first `rows` validation rows (None: all) with the trial's weights; None is the base model.
+
+        Raises TrialFailed; the trial's slot is free then.
+        """
 
     def checkpoint(self, trial: int, folder: Path) -> None:
-        """Writes the trial whole into the new folder: a standard PEFT or transformers folder, plus its optimizer and position.
+        """Writes the trial whole into the new folder: standard PEFT or transformers files, optimizer and position.
 
         Written under a temporary name, fsynced, renamed. Raises OSError; then nothing is left of it.
         """

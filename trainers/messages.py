@@ -92,14 +92,17 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Command(Message):
-    """Base of the orchestrator's messages. One whose fence is under the highest seen is ignored: its sender was replaced."""
+    """Base of the orchestrator's messages. One with a fence under the highest seen is ignored: an old sender's."""
 
     fence: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slice(Command):
-    """Time paid for, cumulative on the worker's meter. At `work_ms` the worker checkpoints everything and ends; at `paid_ms` its process group is dead."""
+    """Time paid for, cumulative on the worker's meter.
+
+    At `work_ms` the worker checkpoints everything and ends; at `paid_ms` its process group is dead.
+    """
 
     type: ClassVar[str] = "slice"
     paid_ms: int
@@ -116,7 +119,10 @@ class EvaluateBase(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Admit(Command):
-    """Put a trial into a free slot and train it until it has seen `until_tokens` (None: its whole run). Ignored if it is there already."""
+    """Put a trial into a free slot and train it until it has seen `until_tokens` (None: its whole run).
+
+    Ignored if it is there already.
+    """
 
     type: ClassVar[str] = "admit"
     config: TrialConfig
@@ -153,7 +159,10 @@ class Drop(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Stop(Command):
-    """Checkpoint every live trial and end. The watchdog kills what is left after `within_ms` (or at paid_ms, if that is sooner)."""
+    """Checkpoint every live trial and end.
+
+    The watchdog kills what is left after `within_ms`, or at paid_ms if that is sooner.
+    """
 
     type: ClassVar[str] = "stop"
     within_ms: int
@@ -161,7 +170,7 @@ class Stop(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Release(Command):
-    """To the watchdog, after the worker's end was settled: nobody needs this machine any more (`stop`) or a new worker will follow."""
+    """To the watchdog, after the worker's end was settled: nobody needs the machine any more (`stop`)."""
 
     type: ClassVar[str] = "release"
     stop: bool
@@ -169,8 +178,11 @@ class Release(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Event(Message):
-    """Base of the worker's messages. Every event carries the meter: `usage` is cumulative milliseconds by cost centre
-    (`load`, `compile`, `checkpoint`, `teardown`, `idle`, `trial:N` for training and evaluation), their sum is `at_ms`."""
+    """Base of the worker's messages. Every event carries the meter.
+
+    `usage` is cumulative milliseconds by cost centre (`load`, `compile`, `checkpoint`, `teardown`, `idle`, and
+    `trial:N` for training and evaluation); their sum is `at_ms`.
+    """
 
     at_ms: int
     usage: dict[str, int] = field(default_factory=dict)
@@ -226,7 +238,7 @@ class Progress(TrialEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpointed(TrialEvent):
-    """A checkpoint is on disk, complete and fsynced. Between evaluations; `evaluated` and `paused` name theirs themselves."""
+    """A checkpoint between evaluations is on disk; `evaluated` and `paused` name theirs themselves."""
 
     type: ClassVar[str] = "checkpointed"
     checkpoint: str
@@ -235,7 +247,7 @@ class Checkpointed(TrialEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated(TrialEvent):
-    """The trial reached its target, was evaluated and checkpointed, and stands still in its slot until it is told what next.
+    """The trial reached its target, was evaluated and checkpointed, and stands still until it is told what next.
 
     `loss` is over the rung rows; `full_loss` over all validation rows, only where the run is complete (`final`).
     The measured figures cover the stretch since the last `admitted` or `evaluated` of this attempt.
