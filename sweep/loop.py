@@ -74,6 +74,7 @@ class Sweep:
         self._trained_before = 0
         self._disk_message = ""
         self._first_step = True
+        self._gap_ms = 0  # the longest recent silence between two reports
         self._lengths = self.workers.lengths()
 
     def run(self) -> None:
@@ -130,13 +131,15 @@ class Sweep:
             offset, event = events[0]
             with self.store.write() as connection:
                 apply(connection, self.study, worker, event, offset)
+            if worker.state == "ready":
+                self._gap_ms = max(event.at_ms - worker.at_ms, self._gap_ms * 3 // 4)
             self._learn(event)
             return True
         if over:
             self._bury(worker)
             return True
         if not self._stopping and not worker.final and self._renewal_due(worker):
-            renewed = self.workers.renew(worker)
+            renewed = self.workers.renew(worker, self._lengths)
             self.launcher.send(folder, self._slice(renewed))
             return True
         return False
@@ -151,7 +154,7 @@ class Sweep:
         elif isinstance(event, BaseEvaluated):
             with self.store.read() as connection:
                 self.study = self.workers.study = records.study(connection, self.name)
-        self._lengths = self.workers.lengths()
+        self._lengths = self.workers.lengths(self._gap_ms)
 
     def _renewal_due(self, worker: WorkerRow) -> bool:
         now, lengths = self.workers.now_ms(worker), self._lengths

@@ -38,18 +38,19 @@ class Workers:
         self.projector = projector
         self._ended_at: int | None = None  # the machine's clock when the last worker of this run ended
 
-    def lengths(self) -> Lengths:
-        """The lengths of paid time, from the forecasts as they stand."""
+    def lengths(self, gap_ms: int = 0) -> Lengths:
+        """The lengths of paid time, from the forecasts as they stand; a slice outlasts three times the gap."""
         search = self.study.spec.search
         with self.store.read() as connection:
             cap = Ledger(connection, self.study.name).balances().cap
         checkpoint = max(self.projector.checkpoint(m).mean for m in search.method)
         load = self.projector.load()
         measured = self.projector.forecast.measured("load") > 0
+        own = slices.slice_ms(cap, self.study.micros_per_hour, checkpoint, self._longest_step())
         return Lengths(
             load=round(1000 * (1.5 * load.mean if measured else max(3 * load.mean, 30.0))),
             expected_load=round(1000 * load.mean),
-            slice=slices.slice_ms(cap, self.study.micros_per_hour, checkpoint, self._longest_step()),
+            slice=max(own, min(3 * gap_ms, slices.MAX_SLICE_MS)),
             tail=slices.tail_ms(self.projector.tail(search.method, slots=1).high),
         )
 
@@ -96,10 +97,10 @@ class Workers:
         with self.store.write() as connection:
             records.set_worker(connection, identifier, state="started")
 
-    def renew(self, worker: WorkerRow) -> WorkerRow:
+    def renew(self, worker: WorkerRow, lengths: Lengths) -> WorkerRow:
         """Settles the open slice and pays for the next; returns the worker's new row."""
         with self.store.write() as connection:
-            slices.renew(connection, self.study, worker, self.now_ms(worker), self.lengths())
+            slices.renew(connection, self.study, worker, self.now_ms(worker), lengths)
         return self._row(worker.id)
 
     def bury(self, worker: WorkerRow, *, observed: bool) -> None:

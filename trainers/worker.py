@@ -129,9 +129,7 @@ class Worker:
             ready = [trial for trial in self._trials.values() if not trial.standing and trial.arrived()]
             if ready and not self._out_of_time(evaluating=True):
                 self._judge(ready[0])
-            elif ready and not self._job.timings:
-                return "paid_time"  # it is evaluated when it is resumed: it stands at its target then
-            elif not self._out_of_time() and any(not trial.standing for trial in self._trials.values()):
+            elif not self._out_of_time() and any(not (t.standing or t.arrived()) for t in self._trials.values()):
                 self._train()
             else:
                 self._inbox.waiting(_LOOK_S)
@@ -154,18 +152,24 @@ class Worker:
         now_ms = self._meter.now_ms()
         if self._job.timings:
             return not evaluating and now_ms >= self._work_ms
-        unsaved = sum(trial.saved_step != trial.at.step or not trial.standing for trial in self._trials.values())
-        ahead_ms = unsaved * self._save_ms_max * _SAFETY + self._step_ns / _NS_PER_MS
+        last_ms = self._last_ms() - self._step_ns / _NS_PER_MS
         if evaluating:
-            ahead_ms += max(self._evaluate_ms.values(), default=_FIRST_GUESS_MS) * _SAFETY
-        last_ms = self._paid_ms - self._job.grace_ms - ahead_ms
+            last_ms -= max(self._evaluate_ms.values(), default=_FIRST_GUESS_MS) * _SAFETY
         return now_ms >= (last_ms if evaluating else min(last_ms, self._work_ms))
+
+    def _last_ms(self) -> float:
+        """When the checkpoints must begin, to be done before the watchdog's SIGTERM."""
+        unsaved = sum(trial.saved_step != trial.at.step or not trial.standing for trial in self._trials.values())
+        return self._paid_ms - self._job.grace_ms - unsaved * self._save_ms_max * _SAFETY
 
     def _reason_to_end(self) -> Literal["stop", "paid_time"] | None:
         if self._stop:
             return "stop"
         # On a file's meter the work time may be extended at any moment of the clock: the worker waits for it.
-        if self._terminated or (not self._job.timings and self._out_of_time() and not self._arrivals_fit()):
+        # On the clock it waits as long as its checkpoints leave time for, though a step might no longer fit: the next
+        # slice may come.
+        over = not self._job.timings and self._meter.now_ms() >= min(self._last_ms(), self._work_ms)
+        if self._terminated or (over and not self._arrivals_fit()):
             return "paid_time"
         return None
 
