@@ -1,218 +1,284 @@
-"""The read verbs as tables, from 80 columns up. Meaning is never in colour alone."""
+"""What the read verbs print: plain values in, tables out. Nothing is said by colour alone; 80 columns are enough."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.text import Text
+from rich.padding import Padding
 
-from budgets.money import usd
-from sweep.views.pieces import amount, budget_bar, loss_text, plain_table, sparkline
+from budgets.money import cost_micros, usd
+from sweep.views import status as state
+from sweep.views.parts import (
+    STATE_STYLES,
+    Column,
+    Scale,
+    amounts,
+    duration,
+    exact,
+    figure,
+    fit,
+    glyphs,
+    loss_of,
+    pairs,
+    percent,
+    rung_of,
+    say,
+    whole,
+)
 
 WIDE = 120  # columns from which there is room for reasons
-MANY = 15  # trials that a statement shows one by one
-Values = Mapping[str, Any]
+LINES = 15  # trials that a statement lists one by one
 
 
-def _say(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(text, style=style), soft_wrap=False)
-
-
-def _verbatim(console: Console, text: str) -> None:
-    """Prints what people copy: never wrapped, never cut."""
-    console.print(Text(text, no_wrap=True), soft_wrap=True)
-
-
-def show_trials(console: Console, study: str, trials: Sequence[Values], limit: int | None = None) -> None:
-    """Prints the trials in the given order, best first."""
+def show_trials(console: Console, study: str, trials: list[dict[str, Any]], limit: int | None = None) -> None:
+    """Prints the trials as they are ordered, at most `limit` of them."""
     if not trials:
-        _say(console, f"study {study} has no trials yet")
+        say(console, f"study {study} has no trials yet")
         return
-    columns = [("#", "right"), ("configuration", "left"), ("state", "left"), ("rung", "right"), ("loss", "right")]
-    columns += [("cost", "right"), ("curve", "left")] + ([("reason", "left")] if console.width >= WIDE else [])
-    table = plain_table(*columns)
-    for trial in trials[:limit]:
-        reached = f"{trial['rung'] + 1}/{trial['last_rung'] + 1}"
-        curve = sparkline(console, [point["loss"] for point in trial["curve"]], width=6)
-        row = [str(trial["number"]), trial["in_words"], trial["state"], reached, loss_text(trial)]
-        row += [amount(trial["cost"]), curve] + ([trial["reason"]] if console.width >= WIDE else [])
-        table.add_row(*row)
-    console.print(table)
-    if limit is not None and len(trials) > limit:
-        _say(console, f"{len(trials) - limit} more", "dim")
-    if any(t["full_loss"] is None and t["loss"] is not None for t in trials[:limit]):
-        _say(console, "~ over the rung's validation rows; without it, trained to its end and over all of them", "dim")
+    shown, signs = trials[:limit], glyphs(console)
+    scale = Scale.of(trials)
+    columns = [
+        Column("#", [str(t["number"]) for t in shown], right=True),
+        Column("configuration", [t["in_words"] for t in shown], least=34),
+        Column("state", [t["state"] for t in shown], styles=[STATE_STYLES.get(t["state"], "") for t in shown]),
+        Column("rung", [rung_of(t) for t in shown], right=True),
+        Column("loss ", [loss_of(t) for t in shown], right=True),
+        Column("cost", amounts([t["cost"]["micros"] for t in shown]), right=True),
+        Column("curve", [scale.draw(t["curve"], signs) for t in shown], optional=True),
+    ]
+    if console.width >= WIDE:
+        columns.append(Column("reason", [t["reason"] for t in shown], least=20, optional=True))
+    console.print(fit(columns, console.width, signs))
+    if len(trials) > len(shown):
+        whole(console, f"{len(trials) - len(shown)} more: sweep trials {study}", "dim")
+    if any(t["full_loss"] is not None for t in shown):
+        say(console, "* loss over all validation rows; without a star over the rung's rows alone", "dim")
+    if any(t["loss"] is None for t in shown):
+        say(console, f"- no loss: not evaluated yet, or diverged; why: sweep show {study} NUMBER", "dim")
 
 
-def show_best(console: Console, best: Values, next_command: str) -> None:
-    """Prints the best trial, its gain over the untrained model, its cost and where its weights are."""
-    trial, config = best["trial"], best["trial"]["config"]
-    _say(console, f"Best of {best['study']}: trial {trial['number']} ({trial['state']})", "bold")
-    table = plain_table(("", "left"), ("", "left"))
-    table.show_header = False
-    for name in ("method", "rank", "alpha", "targets", "learning_rate", "batch_size"):
-        if name in config:
-            value = config[name]
-            table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
-    gain = f", {100 * best['gain']:.1f} % under the untrained {best['base_loss']:.4f}" if best["gain"] else ""
-    table.add_row("validation loss", f"{best['loss']:.4f}{gain}")
-    table.add_row("", f"over {best['rows']}")
-    table.add_row("trained", f"{trial['tokens']:,} tokens in {trial['step']:,} steps")
-    table.add_row("cost", amount(trial["cost"]))
-    console.print(table)
-    if not best["trained_to_its_end"]:
-        _say(console, "not trained to its end yet; more money goes on from its checkpoint", "yellow")
-    folder = trial["folder"] or ""
-    kind = "adapter" if config["method"] == "lora" else "model"
-    _say(console, f"{kind} folder:")
-    _verbatim(console, f"  {folder}")
-    if config["method"] == "lora":
-        _verbatim(console, f'  peft.AutoPeftModelForCausalLM.from_pretrained("{folder}")')
+def show_best(console: Console, best: dict[str, Any], next_command: str) -> None:
+    """Prints the best trial, what it gains, what it cost and how its weights are loaded."""
+    trial = best["trial"]
+    reached = "trained to its end" if best["trained_to_its_end"] else f"{trial['state']} at rung {rung_of(trial)}"
+    say(console, f"study {best['study']}: the best is trial {trial['number']}, {reached}", "bold")
+    base, gain = best["base_loss"], best["gain"]
+    rows = [("loss", f"{figure(best['loss'])} over {best['rows']}")]
+    if base is not None and gain is not None:
+        words = f"{percent(gain)} below" if gain >= 0 else f"{percent(-gain)} ABOVE"
+        rows.append(("untrained", f"{figure(base)} over the same rows; the trial is {words}"))
     else:
-        _verbatim(console, f'  transformers.AutoModelForCausalLM.from_pretrained("{folder}")')
-    _say(console, f"Next: {next_command}", "dim")
+        rows.append(("untrained", "not evaluated yet"))
+    rows.append(("cost", usd(trial["cost"]["micros"])))
+    rows.append(("trained", f"{trial['tokens']:,} tokens in {trial['step']:,} steps"))
+    pairs(console, [*rows, *_parameters(trial)])
+    _folder(console, trial)
+    if trial["folder"] is not None:
+        lora = trial["config"]["method"] == "lora"
+        package, name = ("peft", "AutoPeftModelForCausalLM") if lora else ("transformers", "AutoModelForCausalLM")
+        say(console, "load it in Python:", "bold")
+        whole(console, f"from {package} import {name}")
+        # A JSON text is a Python text, whatever the folder is called.
+        whole(console, f"model = {name}.from_pretrained({json.dumps(trial['folder'], ensure_ascii=_ascii(console))})")
+    whole(console, f"next: {next_command}", "dim")
 
 
-def show_trial(console: Console, trial: Values) -> None:
+def show_trial(console: Console, trial: dict[str, Any]) -> None:
     """Prints everything about one trial."""
-    _say(console, f"Trial {trial['number']}: {trial['in_words']} ({trial['state']})", "bold")
-    table = plain_table(("", "left"), ("", "left"))
-    table.show_header = False
-    for name, value in trial["config"].items():
-        table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
-    table.add_row("trained", f"{trial['tokens']:,} tokens in {trial['step']:,} steps")
-    table.add_row("cost", amount(trial["cost"]))
-    console.print(table)
-    if trial["curve"]:
-        curve = plain_table(("rung", "right"), ("tokens", "right"), ("loss", "right"), ("all rows", "right"))
-        for point in trial["curve"]:
-            whole = "" if point["full_loss"] is None else f"{point['full_loss']:.4f}"
-            curve.add_row(str(point["rung"] + 1), f"{point['tokens']:,}", f"{point['loss']:.4f}", whole)
-        console.print(curve)
-    if trial["reason"]:
-        _say(console, f"why: {trial['reason']}")
-    if trial["folder"]:
-        _say(console, "folder:")
-        _verbatim(console, f"  {trial['folder']}")
+    say(console, f"trial {trial['number']}: {trial['in_words']}", "bold")
+    rows = [("state", trial["state"]), ("reason", trial["reason"] or "-")]
+    rows.append(("rung", f"{rung_of(trial)}, {trial['tokens']:,} tokens in {trial['step']:,} steps"))
+    if trial["full_loss"] is not None:
+        rows.append(("loss", f"{figure(trial['full_loss'])} over all validation rows"))
+    elif trial["loss"] is not None:
+        rows.append(("loss", f"{figure(trial['loss'])} over the rung's validation rows"))
+    else:
+        rows.append(("loss", "none: not evaluated yet, or diverged"))
+    if trial["train_loss"] is not None:
+        rows.append(("train loss", figure(trial["train_loss"])))
+    rows.append(("cost", usd(trial["cost"]["micros"])))
+    pairs(console, [*rows, *_parameters(trial)])
+    curve = trial["curve"]
+    if curve:
+        scale = Scale(min(p["loss"] for p in curve), max(p["loss"] for p in curve))
+        full = ["" if p["full_loss"] is None else figure(p["full_loss"]) for p in curve]
+        columns = [
+            Column("rung", [f"{p['rung'] + 1}/{trial['last_rung'] + 1}" for p in curve], right=True),
+            Column("tokens", [f"{p['tokens']:,}" for p in curve], right=True),
+            Column("loss", [figure(p["loss"]) for p in curve], right=True),
+            Column("", [scale.draw([p], glyphs(console)) for p in curve]),
+        ]
+        if any(full):
+            columns.append(Column("over all rows", full, right=True))
+        console.print(Padding(fit(columns, console.width - 2, glyphs(console)), (0, 0, 0, 2)))
+    _folder(console, trial)
 
 
-def show_spec(console: Console, name: str, spec: Values, facts: Values) -> None:
-    """Prints the resolved spec, and what was seen before the first hold."""
-    _say(console, f"Study {name}, every default filled in:", "bold")
-    _verbatim(console, yaml.safe_dump(dict(spec), sort_keys=False, default_flow_style=None, width=72).rstrip())
+def _parameters(trial: dict[str, Any]) -> list[tuple[str, str]]:
+    named = {name.replace("_", " "): value for name, value in trial["config"].items()}
+    return [(name, f"{value:.6g}" if isinstance(value, float) else str(value)) for name, value in named.items()]
+
+
+def _folder(console: Console, trial: dict[str, Any]) -> None:
+    kind = "adapter" if trial["config"]["method"] == "lora" else "model"
+    if trial["folder"] is None:
+        say(console, f"{kind}: none is stored", "dim")
+    else:
+        say(console, f"{kind}:", "bold")
+        whole(console, f"  {trial['folder']}")
+
+
+def _ascii(console: Console) -> bool:
+    return console.options.ascii_only
+
+
+class _Yaml(yaml.SafeDumper):
+    """Sections as blocks, choices on one line, as people write specs."""
+
+
+_Yaml.add_representer(list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, True))
+
+
+def show_spec(console: Console, study_name: str, spec: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Prints the resolved spec as YAML that can be launched again; what else is said stands in comments."""
+    whole(console, f"# study {study_name}: every default filled in", "dim")
+    text = yaml.dump(dict(spec), Dumper=_Yaml, sort_keys=False, allow_unicode=not _ascii(console), width=1000)
+    whole(console, text.rstrip("\n"))
+    whole(console, "# seen before the first hold, unpaid:", "dim")
+    for fact in _seen(facts):
+        whole(console, f"#   {fact}", "dim")
+
+
+def _seen(facts: Mapping[str, Any]) -> list[str]:
     splits = facts["data"]["splits"]
-    _say(console, "Seen before the first hold:", "bold")
-    _say(console, f"  model: {facts['parameters']:,} parameters; machine: {facts['device']}")
-    for split, counts in splits.items():
-        _say(console, f"  {split}: {counts['rows']:,} rows, {counts['tokens']:,} tokens")
-    _say(console, f"  looked at in {facts['seconds']:.1f} s, unpaid")
+    lines = [f"model: {facts['parameters']:,} parameters, on {facts['device']}"]
+    lines += [f"{name}: {split['rows']:,} rows, {split['tokens']:,} tokens" for name, split in splits.items()]
+    return [*lines, f"the check took {duration(facts['seconds'])}"]
 
 
-def show_statement(console: Console, statement: Values, *, everything: bool = False) -> None:
-    """Prints where the money went. The lines add up to what was spent, to the micro-dollar."""
-    spent = max(statement["spent"]["micros"], 1)
-    table = plain_table(("", "left"), ("dollars", "right"), ("share", "right"))
+def show_statement(console: Console, statement: dict[str, Any], *, everything: bool = False) -> None:
+    """Prints where the money went. The lines of each block add up to the micro-dollar."""
+    spent, overrun = statement["spent"]["micros"], statement["overrun"]["micros"]
+    trials = sorted(statement["trials"], key=lambda t: (-t["micros"], t["number"]))
+    listed = trials if everything or len(trials) <= LINES else trials[:LINES]
+    others = trials[len(listed) :]
+    rows = [(f"trial {t['number']}", t["in_words"], t["state"], t["micros"]) for t in listed]
+    if others:
+        rows.append(
+            (f"{len(others)} others", "the smaller ones: --all lists them", "", sum(t["micros"] for t in others))
+        )
+    rows += [("overhead", centre, "", amount["micros"]) for centre, amount in statement["overhead"].items()]
+    rows.append(("idle", "paid time in which nothing trained", "", statement["idle"]["micros"]))
+    balance = [("SPENT", "", "", spent)]
+    balance += [(name, "", "", statement[name]["micros"]) for name in ("held", "left")]
+    balance.append(("CAP", "spent + held + left", "", statement["cap"]["micros"]))
+    if overrun:
+        balance.append(("OVERRUN", "used beyond what was held", "", overrun))
+    rows += balance
+    shares = [
+        percent(micros / spent) if spent and name not in {"held", "left", "CAP"} else "" for name, _, _, micros in rows
+    ]
+    bold = ["bold" if name.isupper() else "" for name, *_ in rows]
+    columns = [
+        Column("", [row[0] for row in rows], styles=bold),
+        Column("for", [row[1] for row in rows], least=16),
+        Column("state", [row[2] for row in rows], optional=True),
+        Column("dollars", [exact(row[3]) for row in rows], right=True, styles=bold),
+        Column("of spent", shares, right=True),
+    ]
+    say(console, f"study {statement['study']}: where the money went", "bold")
+    console.print(fit(columns, console.width, glyphs(console)))
+    for words in _machine(statement["machine_ms"], statement["micros_per_hour"], spent + overrun):
+        say(console, words)
 
-    def line(name: str, micros: int, style: str = "") -> None:
-        table.add_row(name, f"{usd(micros, 6)}", f"{100 * micros / spent:.1f} %", style=style)
 
-    trials = sorted(statement["trials"], key=lambda t: -t["micros"])
-    shown = trials if everything or len(trials) <= MANY else trials[: MANY - 1]
-    for trial in shown:
-        line(f"trial {trial['number']}  {trial['in_words']}  {trial['state']}", trial["micros"])
-    if len(shown) < len(trials):
-        rest = trials[len(shown) :]
-        line(f"{len(rest)} other trials", sum(t["micros"] for t in rest))
-    for centre, value in statement["overhead"].items():
-        if value["micros"]:
-            line(f"overhead: {centre}", value["micros"])
-    line("idle", statement["idle"]["micros"])
-    line("spent", statement["spent"]["micros"], "bold")
-    for name in ("held", "left", "cap"):
-        table.add_row(name, usd(statement[name]["micros"], 6), "")
-    if statement["overrun"]["micros"]:
-        table.add_row("overrun", usd(statement["overrun"]["micros"], 6), "", style="bold red")
-    console.print(table)
-    seconds, rate = statement["machine_ms"] / 1000, usd(statement["micros_per_hour"])
-    _say(console, f"{seconds:,.1f} s of machine time at {rate}/hour", "dim")
+def _machine(machine_ms: int, micros_per_hour: int, charged: int) -> list[str]:
+    """The same total from the other side: time times price."""
+    time_cost = cost_micros(micros_per_hour, machine_ms)
+    lines = [f"machine: {machine_ms / 1000:,.3f} s x {usd(micros_per_hour)}/hour = {usd(time_cost, 6)}"]
+    if charged != time_cost:
+        rest = usd(charged - time_cost, 6)
+        lines.append(f"beyond that: {rest}, for time between two runs and for rounding up to whole micro-dollars")
+    return lines
 
 
-def show_status(console: Console, status: Values) -> None:
+def show_status(console: Console, status: dict[str, Any]) -> None:
     """Prints the budget, what runs, the best so far and the last events."""
-    worker = status["worker"]
-    doing = "no worker" if worker is None else f"worker {worker['state']}"
-    _say(console, f"Study {status['study']} ({status['state']}, {doing})", "bold")
-    for text in budget_bar(console, status):
-        console.print(text)
-    if status["frozen"]:
-        _say(console, f"FROZEN after an overrun of {amount(status['overrun'])}", "bold red")
-    counts = ", ".join(f"{n} {state}" for state, n in sorted(status["counts"].items()))
-    _say(console, f"{status['trials']} trials: {counts}" if counts else "no trials yet")
-    if status["running"]:
-        show_running(console, status["running"])
-    best = status["best"]
-    if best:
-        _say(console, f"best: trial {best['number']}  {best['in_words']}  loss {loss_text(best)}")
-    for event in status["events"][-5:]:
-        console.print(Text(f"  {event['text']}", style="dim", no_wrap=True, overflow="ellipsis"))
+    console.print(state.head(console, status))
+    for part in state.budget(console, status):
+        console.print(part)
+    rows = state.running(console, status, state.goals(status), len(status["running"]) + 1)
+    for row in [*([""] if rows else []), *rows, *([""] if rows else [])]:
+        console.print(row)
+    console.print(state.best(console, status))
+    console.print(state.counts(console, status))
+    for event in state.events(console, status, len(status["events"])):
+        console.print(event)
 
 
-def show_running(console: Console, running: Sequence[Values]) -> None:
-    """Prints live and waiting trials."""
-    console.print(running_table(console, running))
-
-
-def running_table(console: Console, running: Sequence[Values]) -> Any:
-    """Live and waiting trials as a table."""
-    table = plain_table(
-        ("#", "right"), ("configuration", "left"), ("state", "left"), ("rung", "right"), ("tokens", "right"),
-        ("loss", "right"), ("cost", "right"), ("curve", "left"),
-    )  # fmt: skip
-    for trial in running:
-        curve = sparkline(console, [point["loss"] for point in trial["curve"]], width=6)
-        reached = f"{trial['rung'] + 1}/{trial['last_rung'] + 1}"
-        row = [str(trial["number"]), trial["in_words"], trial["state"], reached, f"{trial['tokens']:,}"]
-        table.add_row(*row, loss_text(trial), amount(trial["cost"]), curve)
-    return table
-
-
-def show_list(console: Console, listing: Sequence[Values]) -> None:
-    """Prints the studies of a database."""
+def show_list(console: Console, listing: Sequence[dict[str, Any]]) -> None:
+    """Prints the studies of a database, oldest first."""
     if not listing:
-        _say(console, "no studies yet; start one: sweep launch SPEC")
+        say(console, "no study yet; next: sweep launch SPEC")
         return
-    columns = ("study", "left"), ("state", "left"), ("trials", "right"), ("best", "right")
-    table = plain_table(*columns, ("spent", "right"), ("cap", "right"), ("model", "left"))
-    for study in listing:
-        best = "" if study["best"] is None else f"{study['best']:.4f}"
-        money = amount(study["spent"]), amount(study["cap"])
-        table.add_row(study["study"], study["state"], str(study["trials"]), best, *money, study["model"])
-    console.print(table)
+    columns = [
+        Column("study", [s["study"] for s in listing], least=20),
+        Column("state", [s["state"] for s in listing]),
+        Column("trials", [f"{s['trials']:,}" for s in listing], right=True),
+        Column("best loss", ["-" if s["best"] is None else figure(s["best"]) for s in listing], right=True),
+        Column("spent", [usd(s["spent"]["micros"]) for s in listing], right=True),
+        Column("cap", [usd(s["cap"]["micros"]) for s in listing], right=True),
+        Column("model", [s["model"] for s in listing], least=12, optional=True),
+    ]
+    console.print(fit(columns, console.width, glyphs(console)))
 
 
-def show_outline(console: Console, outline: Values, price_note: str, facts: Values, stop_command: str | None) -> None:
-    """Prints what the cap buys, before anything is spent."""
-    plan, splits = outline["plan"], facts["data"]["splits"]
+def show_outline(
+    console: Console, outline: dict[str, Any], price_note: str, facts: Mapping[str, Any], stop_command: str | None
+) -> None:
+    """Prints what the cap buys, before anybody is asked and anything is spent."""
+    plan, rate = outline["plan"], f"{usd(outline['micros_per_hour'])}/hour"
     rungs = ", ".join(f"{tokens:,}" for tokens in plan["rungs"])
-    _say(console, f"cap      {usd(outline['cap'])}, which is {_duration(outline['seconds'])} of this machine", "bold")
-    _say(console, f"price    {usd(outline['micros_per_hour'])}/hour, {price_note}")
-    rows = ", ".join(f"{counts['rows']:,} {name}" for name, counts in splits.items())
-    _say(console, f"model    {facts['parameters']:,} parameters on {facts['device']}")
-    _say(console, f"rows     {rows}; looked at in {facts['seconds']:.1f} s, unpaid")
-    _say(console, f"a run    {plan['examples']:,} examples, {plan['run_tokens']:,} tokens; compared at {rungs} tokens")
-    for run in outline["runs"]:
-        interval = f"{usd(run['low'])} to {usd(run['high'])}"
-        many = f"the cap would pay {run['affordable']:,} of them to their end"
-        _say(console, f"{run['method']:<8} about {usd(run['cost'])} a run ({interval}); {many}")
-    _say(console, "         forecast from priors; the first minutes of training correct it", "dim")
-    if stop_command is None and facts["device"] not in {"cpu", "replay"}:
-        _say(console, "meter    no machine.stop_command: a rented machine's meter runs on after the sweep", "yellow")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 600:
-        return f"{seconds:,.0f} s"
-    return f"{seconds / 60:,.0f} min" if seconds < 36_000 else f"{seconds / 3600:,.1f} h"
+    compared = f"at {rungs} tokens and at the end" if rungs else "at the end alone"
+    *seen, check = _seen(facts)
+    rows = [
+        ("cap", f"{usd(outline['cap'])}, never more: {duration(outline['seconds'])} of machine time"),
+        ("price", f"{rate}, {price_note}"),
+        *((name, words) for name, _, words in (fact.partition(": ") for fact in seen)),
+        ("longest run", f"{plan['examples']:,} examples, {plan['run_tokens']:,} tokens"),
+        ("compared", f"{compared}, on {plan['rung_rows']:,} validation rows"),
+        ("first rung", f"{usd(outline['first_rung'])} for one trial to its first comparison"),
+    ]
+    say(console, "the plan; nothing is spent yet", "bold")
+    pairs(console, rows)
+    runs = outline["runs"]
+    columns = [
+        Column("one run to its end", [run["method"] for run in runs]),
+        Column("forecast", [usd(run["cost"]) for run in runs], right=True),
+        Column("80 % interval", [f"{usd(run['low'])} to {usd(run['high'])}" for run in runs], right=True),
+        Column("the cap pays", [f"{run['affordable']:,}" for run in runs], right=True),
+    ]
+    console.print()
+    console.print(fit(columns, console.width, glyphs(console)))
+    say(
+        console,
+        "(from priors; nothing measured yet. Runs are counted one after the other, without any pruning.)",
+        "dim",
+    )
+    if all(run["affordable"] == 0 for run in runs):
+        say(
+            console,
+            "WARNING: by this forecast the cap pays for no whole run; shorten search.epochs or raise it",
+            "bold",
+        )
+    say(console, f"{check}; it is not paid for")
+    if stop_command is None and facts["device"] != "replay":
+        say(
+            console,
+            "no machine.stop_command: a rented machine's meter runs on after the sweep, outside the cap",
+            "bold",
+        )
