@@ -12,8 +12,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from sqlalchemy import Connection
-
 from budgets.ledger import Ledger, trial_account
 from budgets.money import MICROS, usd
 from sweep import records, rungs, space, tables, triage
@@ -21,8 +19,8 @@ from sweep.apply import apply
 from sweep.errors import BudgetError, DiskError, Interrupted, WorkerError
 from sweep.instruct import Instructor
 from sweep.launchers.base import Launcher
-from sweep.projection import Projector, plan
-from sweep.records import Study, TrialRow, WorkerRow
+from sweep.projection import projector_of
+from sweep.records import TrialRow, WorkerRow
 from sweep.rungs import Results
 from sweep.store import Store
 from sweep.study import Memory
@@ -35,19 +33,6 @@ STOP_MS = 25_000  # a worker that is told to stop has this long to checkpoint
 SILENCE_MS = 60_000  # without a report for this long (or three tails) a worker's next slice is not paid
 MAX_DEATHS = 3  # workers that die in a row without training anything
 MAX_REFUSED = 2  # trials asked in a row that could not be paid
-
-
-def projector_of(study: Study, connection: Connection) -> Projector:
-    """Builds the forecasts of a study from everything that was measured."""
-    facts = study.facts
-    projector = Projector(plan(facts), facts["parameters"], facts["device"], facts["cores"])
-    configs = {t.number: t.config for t in records.trials(connection, study.name)}
-    for row in records.evaluations(connection, study.name):
-        projector.observe_evaluation(configs[row.trial], row)
-    for worker in records.workers(connection, study.name):
-        if worker.load_ms is not None:
-            projector.observe_load(worker.load_ms)
-    return projector
 
 
 class Sweep:

@@ -6,8 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from sqlalchemy import Connection
+
 from budgets.forecast import NOTHING, Forecast, Seconds, Work, flops_per_token
-from sweep.records import TrialRow
+from sweep import records
+from sweep.records import Study, TrialRow
 from trainers.messages import TrialConfig
 
 # Effective FLOP/s before anything was measured. Small models reach far less of a GPU than large ones; the first
@@ -132,3 +135,16 @@ class Projector:
         state = 14.0 * self.parameters / DISK_BYTES_PER_SECOND if full else 0.1
         prior = 8.0 + 4.0 * self.parameters / DISK_BYTES_PER_SECOND if kind == "load" else 0.1 + state
         return Work(kind, prior, {"full": float(full)})
+
+
+def projector_of(study: Study, connection: Connection) -> Projector:
+    """Builds the forecasts of a study from everything that was measured."""
+    facts = study.facts
+    projector = Projector(plan(facts), facts["parameters"], facts["device"], facts["cores"])
+    configs = {t.number: t.config for t in records.trials(connection, study.name)}
+    for row in records.evaluations(connection, study.name):
+        projector.observe_evaluation(configs[row.trial], row)
+    for worker in records.workers(connection, study.name):
+        if worker.load_ms is not None:
+            projector.observe_load(worker.load_ms)
+    return projector

@@ -12,7 +12,7 @@ from budgets.money import MICROS
 from budgets.statement import statement as draw_up
 from sweep import records, rungs, space, triage
 from sweep.errors import NotFoundError
-from sweep.loop import projector_of
+from sweep.projection import projector_of
 from sweep.records import Study, TrialRow
 from sweep.rungs import Results
 

@@ -129,11 +129,10 @@ def best(console: Console, status: dict[str, Any]) -> Text:
     if trial is None:
         return line(console, "best: no trial was evaluated yet", "dim")
     over = "all rows" if trial["full_loss"] is not None else f"rung {rung_of(trial)}"
-    base = (
-        f", untrained {figure(status['base_loss'])}" if status["base_loss"] is not None and trial["full_loss"] else ""
-    )
-    text = f"best: trial {trial['number']}, loss {loss_of(trial).strip(' *')} ({over}{base}), {trial['in_words']}"
-    return line(console, text, "bold")
+    text = f"best: trial {trial['number']}, {trial['in_words']}, loss {loss_of(trial).strip(' *')} ({over})"
+    base = status["base_loss"]
+    more = "" if base is None or trial["full_loss"] is None else f", untrained {figure(base)}"
+    return line(console, text + (more if len(text + more) <= console.width else ""), "bold")
 
 
 def counts(console: Console, status: dict[str, Any]) -> Text:

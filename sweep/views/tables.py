@@ -32,6 +32,7 @@ from sweep.views.parts import (
 
 WIDE = 120  # columns from which there is room for reasons
 LINES = 15  # trials that a statement lists one by one
+SEARCHED = ("method", "rank", "alpha", "targets", "learning_rate", "batch_size")
 
 
 def show_trials(console: Console, study: str, trials: list[dict[str, Any]], limit: int | None = None) -> None:
@@ -119,8 +120,11 @@ def show_trial(console: Console, trial: dict[str, Any]) -> None:
 
 
 def _parameters(trial: dict[str, Any]) -> list[tuple[str, str]]:
-    named = {name.replace("_", " "): value for name, value in trial["config"].items()}
-    return [(name, f"{value:.6g}" if isinstance(value, float) else str(value)) for name, value in named.items()]
+    """The searched ones first."""
+    config = trial["config"]
+    names = [*(name for name in SEARCHED if name in config), *(name for name in config if name not in SEARCHED)]
+    shown = [(name, config[name]) for name in names]
+    return [(n.replace("_", " "), f"{v:.6g}" if isinstance(v, float) else str(v)) for n, v in shown]
 
 
 def _folder(console: Console, trial: dict[str, Any]) -> None:
@@ -171,23 +175,22 @@ def show_statement(console: Console, statement: dict[str, Any], *, everything: b
         rows.append(
             (f"{len(others)} others", "the smaller ones: --all lists them", "", sum(t["micros"] for t in others))
         )
-    rows += [("overhead", centre, "", amount["micros"]) for centre, amount in statement["overhead"].items()]
+    rows += [("overhead", name, "", part["micros"]) for name, part in statement["overhead"].items() if part["micros"]]
     rows.append(("idle", "paid time in which nothing trained", "", statement["idle"]["micros"]))
     balance = [("SPENT", "", "", spent)]
     balance += [(name, "", "", statement[name]["micros"]) for name in ("held", "left")]
     balance.append(("CAP", "spent + held + left", "", statement["cap"]["micros"]))
     if overrun:
         balance.append(("OVERRUN", "used beyond what was held", "", overrun))
-    rows += balance
-    shares = [
-        percent(micros / spent) if spent and name not in {"held", "left", "CAP"} else "" for name, _, _, micros in rows
-    ]
-    bold = ["bold" if name.isupper() else "" for name, *_ in rows]
+    lines = [*rows, *balance]
+    # Shares are of what was spent, so they end with it.
+    shares = [percent(line[3] / spent) if spent and place <= len(rows) else "" for place, line in enumerate(lines)]
+    bold = ["bold" if line[0].isupper() else "" for line in lines]
     columns = [
-        Column("", [row[0] for row in rows], styles=bold),
-        Column("for", [row[1] for row in rows], least=16),
-        Column("state", [row[2] for row in rows], optional=True),
-        Column("dollars", [exact(row[3]) for row in rows], right=True, styles=bold),
+        Column("account", [line[0] for line in lines], styles=bold),
+        Column("what", [line[1] for line in lines], least=16),
+        Column("state", [line[2] for line in lines], optional=True),
+        Column("dollars", [exact(line[3]) for line in lines], right=True, styles=bold),
         Column("of spent", shares, right=True),
     ]
     say(console, f"study {statement['study']}: where the money went", "bold")
@@ -258,7 +261,7 @@ def show_outline(
     runs = outline["runs"]
     columns = [
         Column("one run to its end", [run["method"] for run in runs]),
-        Column("forecast", [usd(run["cost"]) for run in runs], right=True),
+        Column("forecast", amounts([run["cost"] for run in runs]), right=True),
         Column("80 % interval", [f"{usd(run['low'])} to {usd(run['high'])}" for run in runs], right=True),
         Column("the cap pays", [f"{run['affordable']:,}" for run in runs], right=True),
     ]
@@ -276,7 +279,7 @@ def show_outline(
             "bold",
         )
     say(console, f"{check}; it is not paid for")
-    if stop_command is None and facts["device"] != "replay":
+    if stop_command is None and facts["device"] not in {"cpu", "replay"}:
         say(
             console,
             "no machine.stop_command: a rented machine's meter runs on after the sweep, outside the cap",
