@@ -158,7 +158,8 @@ class Sweep:
 
     def _bury(self, worker: WorkerRow) -> None:
         folder = Path(worker.folder)
-        self.launcher.wait_dead(folder, 0.0)
+        if not self.launcher.alive(folder):
+            self.workers.see_dead(worker)
         with self.store.read() as connection:
             lost_disk = worker.why.startswith("disk")
             mine = tables.attempt.select().where(tables.attempt.c.study == self.name)

@@ -147,13 +147,18 @@ class Workers:
                         records.set_worker(connection, worker.id, state="started")
                     records.note(connection, self.study.name, "reattach", f"worker {worker.ordinal} lives; reattached")
                 continue
-            if not self.launcher.wait_dead(folder, DEATH_SECONDS):
-                self.launcher.stop(folder)
-                if not self.launcher.wait_dead(folder, DEATH_SECONDS):
-                    raise WorkerError(f"worker {worker.ordinal} does not die", f"see {folder / 'watchdog.json'}")
+            self.see_dead(worker)
             self.bury(self.drain(worker), observed=False)
         if not living:
             self._charge_gap()
+
+    def see_dead(self, worker: WorkerRow) -> None:
+        """Waits until a worker whose watchdog is gone is dead too: never two at once. Raises WorkerError."""
+        folder = Path(worker.folder)
+        if not self.launcher.wait_dead(folder, DEATH_SECONDS):
+            self.launcher.stop(folder)
+            if not self.launcher.wait_dead(folder, DEATH_SECONDS):
+                raise WorkerError(f"worker {worker.ordinal} does not die", f"see {folder / 'watchdog.json'}")
 
     def drain(self, worker: WorkerRow) -> WorkerRow:
         """Applies every event that a dead worker left."""

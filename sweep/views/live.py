@@ -56,6 +56,7 @@ class _Looks:
     def __init__(self) -> None:
         self._due = 0.0
         self._trouble: str | None = None
+        self._over = False  # the last look: nothing runs any more
 
     def notify(self) -> None:
         """Looks if it is time to. A view that fails must not end a sweep that is paid for."""
@@ -73,6 +74,7 @@ class _Looks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._over = True
         try:
             self._try()
         finally:
@@ -118,13 +120,13 @@ class _Picture(_Looks):
     def _look(self) -> None:
         seen = self._status()
         self._goal = state.goals(seen, self._goal)
-        self._live.update(picture(self._console, seen, self._goal), refresh=True)
+        self._live.update(picture(self._console, seen, self._goal, over=self._over), refresh=True)
 
     def _stop(self) -> None:
         self._live.stop()
 
 
-def picture(console: Console, status: dict[str, Any], goal: dict[int, int]) -> Group:
+def picture(console: Console, status: dict[str, Any], goal: dict[int, int], *, over: bool) -> Group:
     """Everything, in fewer lines than the console is high: what runs is shortened first, then the events."""
     top: list[RenderableType] = [state.head(console, status), *state.budget(console, status)]
     middle: list[RenderableType] = [state.best(console, status), state.counts(console, status)]
@@ -136,7 +138,8 @@ def picture(console: Console, status: dict[str, Any], goal: dict[int, int]) -> G
     recent = state.events(console, status, min(EVENTS, max(room - min(wanted, 5), 1 if room > 3 else 0)))
     rows = state.running(console, status, goal, max(room - len(recent), 0))
     blank: list[RenderableType] = [Text("")] if airy else []
-    return Group(*top, *blank, *rows, *(blank if rows else []), *middle, *blank, *recent, hint)
+    end: list[RenderableType] = [*blank, *recent, *([] if over else [hint])]
+    return Group(*top, *blank, *rows, *(blank if rows else []), *middle, *end)
 
 
 class _Lines(_Looks):

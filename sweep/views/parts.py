@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.cells import cell_len, set_cell_size
@@ -78,6 +78,12 @@ def amounts(micros: Sequence[int]) -> list[str]:
     largest = max((abs(m) for m in micros), default=0)
     places = 2 if largest >= 100 * MICROS else 4 if largest >= MICROS // 100 else 6
     return [usd(m, places) for m in micros]
+
+
+def rate(micros_per_hour: int) -> str:
+    """A price an hour: in cents where it is one, with all decimals it has otherwise."""
+    cents = micros_per_hour % (MICROS // 100) == 0
+    return f"{usd(micros_per_hour, 2 if cents else 6)}/hour"
 
 
 def exact(micros: int) -> str:
@@ -164,7 +170,7 @@ class Column:
 
 def fit(columns: Sequence[Column], width: int, signs: Glyphs) -> Table:
     """Lays columns out in `width` cells: optional ones go first, from the right, then long texts are clipped."""
-    shown = list(columns)
+    shown = [c if c.least is None else replace(c, cells=[signs.plain(cell) for cell in c.cells]) for c in columns]
 
     def total(gap: int, clipped: Sequence[Column]) -> int:
         widths = [min(c.least, c.width) if c.least is not None and c in clipped else c.width for c in shown]
@@ -180,15 +186,19 @@ def fit(columns: Sequence[Column], width: int, signs: Glyphs) -> Table:
         over -= cut
         column.shown = column.width - cut
     for column in shown:
-        title = Text(column.title)
-        table.add_column(
-            title, justify="right" if column.right else "left", width=column.shown, no_wrap=True, overflow="crop"
-        )
+        title = column.title.rjust(column.shown) if column.right else column.title
+        table.add_column(Text(title), width=column.shown, no_wrap=True, overflow="crop")
     for row in range(len(shown[0].cells)):
-        cells = [signs.clip(c.cells[row], c.shown) if c.least is not None else c.cells[row] for c in shown]
-        styles = [c.styles[row] if c.styles else "" for c in shown]
-        table.add_row(*[Text(cell, style) for cell, style in zip(cells, styles, strict=True)])
+        table.add_row(*[_cell(column, row, signs) for column in shown])
     return table
+
+
+def _cell(column: Column, row: int, signs: Glyphs) -> Text:
+    text = column.cells[row]
+    if column.least is not None:
+        text = signs.clip(text, column.shown)
+    # Rich would drop the space that stands for a missing star, so numbers are moved to the right here.
+    return Text(text.rjust(column.shown) if column.right else text, column.styles[row] if column.styles else "")
 
 
 def pairs(console: Console, rows: Iterable[tuple[str, str]]) -> None:

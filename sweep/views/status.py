@@ -22,6 +22,7 @@ from sweep.views.parts import (
     line,
     loss_of,
     percent,
+    rate,
     rung_of,
     steps,
 )
@@ -34,12 +35,12 @@ def head(console: Console, status: dict[str, Any]) -> Text:
     """Which study, in which state, on what."""
     worker = status["worker"]
     if worker is None:
-        doing = "no worker runs"
+        doing, device = "no worker runs", ""
     else:
-        device = f" on {worker['device']}" if worker["device"] else ""
-        doing = f"worker {worker['state']}{device}, slice {worker['slice']}"
-    rate = f"{usd(status['micros_per_hour'])}/hour"
-    return line(console, f"study {status['study']} ({status['state']}): {doing}, {rate}", "bold")
+        doing = f"worker {worker['state']}, slice {worker['slice']}"
+        device = f", {worker['device']}" if worker["device"] else ""
+    price = rate(status["micros_per_hour"])
+    return line(console, f"study {status['study']} ({status['state']}): {doing}, {price}{device}", "bold")
 
 
 def budget(console: Console, status: dict[str, Any]) -> list[Text]:
@@ -53,16 +54,17 @@ def budget(console: Console, status: dict[str, Any]) -> list[Text]:
     for sign in drawn:
         picture.append(sign, BAR_STYLES[signs.bar.index(sign)])
     picture.append("]")
-    low, high = (usd(status[name]["micros"]) for name in ("projected_low", "projected_high"))
-    interval = f" ({low} to {high})" if low != high else ""
+    names = ("spent", "held", "projected", "left", "cap", "projected_low", "projected_high")
+    told = dict(zip(names, amounts([status[name]["micros"] for name in names]), strict=True))
+    low, high = told["projected_low"], told["projected_high"]
     words = [
-        f"spent {usd(spent)} ({percent(spent / max(cap, 1))})",
-        f"held {usd(held)}",
-        f"projected {usd(projected)}{interval}",
-        f"left {usd(status['left']['micros'])}",
+        f"spent {told['spent']} ({percent(spent / max(cap, 1))})",
+        f"held {told['held']}",
+        f"projected {told['projected']}" + (f" ({low} to {high})" if low != high else ""),
+        f"left {told['left']}",
     ]
     parts = [Text(f"{sign} {text}") for sign, text in zip(signs.bar, words, strict=True)]
-    legend = flow([*parts, Text(f"cap {usd(cap)}", "bold")], console.width)
+    legend = flow([*parts, Text(f"cap {told['cap']}", "bold")], console.width)
     if status["frozen"] or status["overrun"]["micros"]:
         lost = usd(status["overrun"]["micros"])
         warning = f"FROZEN: {lost} were used beyond what was held; see: sweep audit {status['study']}"
@@ -114,7 +116,9 @@ def running(console: Console, status: dict[str, Any], goal: dict[int, int], rows
         Column("curve", [scale.draw(t["curve"], signs) for t in shown], optional=True),
     ]
     if console.width >= 100:
-        drawn = [steps(s or 0.0, 10, signs) for s in shares]
+        drawn = [
+            "" if s is None or t["state"] != "live" else steps(s, 10, signs) for t, s in zip(shown, shares, strict=True)
+        ]
         columns.insert(4, Column("progress", drawn, optional=True))
         columns.insert(5, Column("tokens", [f"{t['tokens']:,}" for t in shown], right=True, optional=True))
         train = ["-" if t["train_loss"] is None else figure(t["train_loss"]) for t in shown]
@@ -136,8 +140,9 @@ def best(console: Console, status: dict[str, Any]) -> Text:
 
 
 def counts(console: Console, status: dict[str, Any]) -> Text:
-    """How many trials are in which state."""
-    found = [f"{status['counts'][state]} {state}" for state in STATES if status["counts"].get(state)]
+    """How many trials are in which state; those that run are listed anyway."""
+    found = [f"{len(status['running'])} running"] if status["running"] else []
+    found += [f"{status['counts'][state]} {state}" for state in STATES[3:] if status["counts"].get(state)]
     return line(console, f"{status['trials']} trials" + (f": {', '.join(found)}" if found else ""))
 
 

@@ -25,6 +25,7 @@ from sweep.views.parts import (
     loss_of,
     pairs,
     percent,
+    rate,
     rung_of,
     say,
     whole,
@@ -202,7 +203,7 @@ def show_statement(console: Console, statement: dict[str, Any], *, everything: b
 def _machine(machine_ms: int, micros_per_hour: int, charged: int) -> list[str]:
     """The same total from the other side: time times price."""
     time_cost = cost_micros(micros_per_hour, machine_ms)
-    lines = [f"machine: {machine_ms / 1000:,.3f} s x {usd(micros_per_hour)}/hour = {usd(time_cost, 6)}"]
+    lines = [f"machine: {machine_ms / 1000:,.3f} s x {rate(micros_per_hour)} = {usd(time_cost, 6)}"]
     if charged != time_cost:
         rest = usd(charged - time_cost, 6)
         lines.append(f"beyond that: {rest}, for time between two runs and for rounding up to whole micro-dollars")
@@ -244,13 +245,13 @@ def show_outline(
     console: Console, outline: dict[str, Any], price_note: str, facts: Mapping[str, Any], stop_command: str | None
 ) -> None:
     """Prints what the cap buys, before anybody is asked and anything is spent."""
-    plan, rate = outline["plan"], f"{usd(outline['micros_per_hour'])}/hour"
+    plan, price = outline["plan"], rate(outline["micros_per_hour"])
     rungs = ", ".join(f"{tokens:,}" for tokens in plan["rungs"])
     compared = f"at {rungs} tokens and at the end" if rungs else "at the end alone"
     *seen, check = _seen(facts)
     rows = [
         ("cap", f"{usd(outline['cap'])}, never more: {duration(outline['seconds'])} of machine time"),
-        ("price", f"{rate}, {price_note}"),
+        ("price", f"{price}, {price_note}"),
         *((name, words) for name, _, words in (fact.partition(": ") for fact in seen)),
         ("longest run", f"{plan['examples']:,} examples, {plan['run_tokens']:,} tokens"),
         ("compared", f"{compared}, on {plan['rung_rows']:,} validation rows"),

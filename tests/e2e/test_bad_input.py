@@ -72,3 +72,13 @@ def test_a_tampered_ledger_is_refused(tmp_path: Path) -> None:
     connection.close()
     assert "account idle says" in sweep("audit", cwd=tmp_path, check=5).stderr
     assert "account idle says" in sweep("resume", "words", cwd=tmp_path, check=5).stderr
+
+
+def test_another_gpu_than_the_named_one(tmp_path: Path) -> None:
+    """Proves that a price is not charged for a machine that it does not belong to, unless the user insists."""
+    spec = write_spec(tmp_path, cap="$1")
+    (tmp_path / "good.jsonl").write_text(ROWS)
+    model = Path(__file__).parents[2] / "models" / "smollm2-135m"
+    flags = [f"--set=model={model}", "--set=data.train=good.jsonl", "--set=machine={gpu: A100-80GB}"]
+    done = sweep("launch", str(spec), "--yes", *flags, cwd=tmp_path, check=2)
+    assert "names a A100-80GB, this machine" in done.stderr and "--anyway" in done.stderr

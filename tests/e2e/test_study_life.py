@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from pathlib import Path
 
 import optuna
@@ -157,3 +158,36 @@ def test_a_worker_without_an_orchestrator_ends_with_its_slice(tmp_path: Path) ->
     sweep("resume", "words", "--cap", "$0.06", cwd=tmp_path, check=None)
     first = read(tmp_path)["workers"][0]
     assert first.settled_ms == used
+
+
+def test_a_study_on_postgresql(tmp_path: Path, postgres_server: str) -> None:
+    """Proves --storage: the same study on a real PostgreSQL server, read by Optuna from there."""
+    spec = write_spec(tmp_path, cap="$5", timings=True, trials=5)
+    sweep("launch", str(spec), "--yes", "--storage", postgres_server, cwd=tmp_path)
+    assert not (tmp_path / "studies.db").exists()
+    best = json.loads(sweep("best", "words", "--json", "--storage", postgres_server, cwd=tmp_path).stdout)
+    assert best["trained_to_its_end"]
+    assert sweep("audit", "words", "--storage", postgres_server, cwd=tmp_path).stderr == ""
+    stored = optuna.load_study(study_name="words", storage=postgres_server)
+    assert len(stored.trials) == 5 and stored.best_value == best["loss"]
+
+
+def test_a_machine_billed_from_boot_pays_for_waiting_and_is_stopped(tmp_path: Path) -> None:
+    """Proves billed_from: boot charges the time between a crash and the resume, and that the stop command runs once."""
+    spec = write_spec(tmp_path, cap="$0.5", sleep=0.0005, trials=4)
+    values = json.loads(spec.read_text())
+    values["machine"] |= {"billed_from": "boot", "stop_command": f"echo stopped >> {tmp_path}/stopped"}
+    spec.write_text(json.dumps(values))
+    out = tmp_path / "out.txt"
+    process = start("launch", str(spec), "--yes", cwd=tmp_path)
+    wait_for(lambda: out.exists() and "paused" in out.read_text())
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert not (tmp_path / "stopped").exists(), "after Ctrl-C the machine is the user's again"
+    time.sleep(1.5)  # the time that the machine waits, and that is charged
+    sweep("resume", "words", cwd=tmp_path)
+    found = read(tmp_path)
+    (gap,) = [row for row in found["transfers"] if "waited for the resume" in row.note]
+    assert gap.credit == "idle" and gap.amount_micros >= 1_400
+    wait_for((tmp_path / "stopped").exists)
+    assert (tmp_path / "stopped").read_text() == "stopped\n"

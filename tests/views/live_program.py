@@ -1,4 +1,4 @@
-"""A program for a pseudo-terminal: follows an invented sweep for some seconds. Arguments: how many trials run, seconds, how it ends."""
+"""A program for a pseudo-terminal: follows an invented sweep. Arguments: how many trials run, seconds, how it ends."""
 
 from __future__ import annotations
 
