@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -41,20 +43,32 @@ def test_optuna_reads_the_study_as_any_other(tmp_path: Path) -> None:
     sweep("launch", str(spec), "--yes", cwd=tmp_path)
     found = read(tmp_path)
     url = f"sqlite:///{tmp_path}/studies.db"
-    stored = optuna.load_study(study_name="words", storage=url)
-    assert len(stored.trials) == len(found["trials"]) == 8
-    by_state = {"completed": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
-    for ours, theirs in zip(found["trials"], stored.trials, strict=True):
-        assert theirs.state.name == by_state.get(ours.state, "RUNNING")
-        assert theirs.params["lora_rank"] == ours.config.rank
-        assert not ours.diverged or theirs.value is None
-    complete = [t for t in found["trials"] if t.state == "completed"]
-    assert stored.best_value == min(t.full_loss for t in complete)
+    with optuna_study(url) as stored:
+        assert len(stored.trials) == len(found["trials"]) == 8
+        by_state = {"completed": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
+        for ours, theirs in zip(found["trials"], stored.trials, strict=True):
+            assert theirs.state.name == by_state.get(ours.state, "RUNNING")
+            assert theirs.params["lora_rank"] == ours.config.rank
+            assert not ours.diverged or theirs.value is None
+        complete = [t for t in found["trials"] if t.state == "completed"]
+        assert stored.best_value == min(t.full_loss for t in complete)
     paused = [t.number for t in found["trials"] if t.state == "paused"]
     assert paused
     sweep("close", "words", cwd=tmp_path)
-    assert all(optuna.load_study(study_name="words", storage=url).trials[n].state.name == "PRUNED" for n in paused)
+    with optuna_study(url) as stored:
+        assert all(stored.trials[number].state.name == "PRUNED" for number in paused)
     assert "is closed" in sweep("resume", "words", cwd=tmp_path, check=2).stderr
+
+
+@contextlib.contextmanager
+def optuna_study(url: str) -> Iterator[optuna.Study]:
+    """Opens the study with Optuna alone, and closes its connections, which load_study leaves to the garbage collector."""
+    stored = optuna.storages.RDBStorage(url)
+    try:
+        yield optuna.load_study(study_name="words", storage=stored)
+    finally:
+        stored.remove_session()
+        stored.engine.dispose()
 
 
 def test_the_same_seed_gives_the_same_study_also_when_it_is_killed(tmp_path: Path) -> None:
@@ -168,8 +182,8 @@ def test_a_study_on_postgresql(tmp_path: Path, postgres_server: str) -> None:
     best = json.loads(sweep("best", "words", "--json", "--storage", postgres_server, cwd=tmp_path).stdout)
     assert best["trained_to_its_end"]
     assert sweep("audit", "words", "--storage", postgres_server, cwd=tmp_path).stderr == ""
-    stored = optuna.load_study(study_name="words", storage=postgres_server)
-    assert len(stored.trials) == 5 and stored.best_value == best["loss"]
+    with optuna_study(postgres_server) as stored:
+        assert len(stored.trials) == 5 and stored.best_value == best["loss"]
 
 
 def test_a_machine_billed_from_boot_pays_for_waiting_and_is_stopped(tmp_path: Path) -> None:
