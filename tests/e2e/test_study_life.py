@@ -62,7 +62,7 @@ def test_optuna_reads_the_study_as_any_other(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def optuna_study(url: str) -> Iterator[optuna.Study]:
-    """Opens the study with Optuna alone, and closes its connections, which load_study leaves to the garbage collector."""
+    """Opens the study with Optuna alone; load_study would leave its connections to the garbage collector."""
     stored = optuna.storages.RDBStorage(url)
     try:
         yield optuna.load_study(study_name="words", storage=stored)
