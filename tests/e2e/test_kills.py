@@ -56,14 +56,14 @@ class Witness(threading.Thread):
 @pytest.mark.timeout(1800)
 def test_ten_kills_of_one_study(tmp_path: Path) -> None:
     """Proves invariant 5 under random kills, with an independent witness of the machine's time."""
-    seed = int(os.environ.get("KILL_SEED", "1"))
+    seed = int(os.environ.get("KILL_SEED", "8"))
     chance = random.Random(seed)
     (tmp_path / "models").symlink_to(ROOT / "models")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     witness = Witness(tmp_path / "runs" / STUDY / "workers")
     witness.start()
     out = tmp_path / "out.txt"
-    process = start("launch", "examples/quickstart.yaml", "--yes", "--cap", "$0.12", cwd=tmp_path)
+    process = start("launch", "examples/quickstart.yaml", "--yes", "--cap", "$0.06", cwd=tmp_path)
     wait_for(lambda: out.exists() and "is ready" in out.read_text(), seconds=120)
     killed = []
     while len(killed) < KILLS and process.poll() is None:
