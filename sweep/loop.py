@@ -258,15 +258,8 @@ class Sweep:
             balances = Ledger(connection, self.name).balances()
         now = self.workers.now_ms(worker) if worker else 0
         money = triage.funds(balances, self.study.micros_per_hour, worker, now, self.projector.load().mean)
-        return replace(money, finish_seconds=self._finish_seconds(trials, results))
-
-    def _finish_seconds(self, trials: list[TrialRow], results: Results) -> float:
-        """What bringing the leader to its end takes beyond its next decision, as long as it may still win."""
-        best = rungs.leader(trials, results, self.study.spec.search.eta)
-        if best is None or not rungs.worth_finishing(best, trials, results):
-            return 0.0
-        end = self.projector.to_end(best).mean
-        return end - self.projector.to_target(best).mean if best.state in {"live", "waiting"} else end
+        eta = self.study.spec.search.eta
+        return replace(money, finish_seconds=triage.finish_seconds(trials, results, self.projector, eta))
 
     # Fill
 

@@ -95,7 +95,9 @@ def promise(trial: TrialRow, results: Results, eta: int) -> float:
 
 def leader(trials: Iterable[TrialRow], results: Results, eta: int) -> TrialRow | None:
     """The most promising unfinished trial that was evaluated at least once."""
-    open_ones = [t for t in trials if t.state in {"waiting", "live", "judging", "paused"} and t.rung >= 0]
+    still_open = {"waiting", "live", "judging", "paused"}
+    # One whose last evaluation gave no finite loss reached its rung but has no result there; it is about to be pruned.
+    open_ones = [t for t in trials if t.state in still_open and t.number in results.losses.get(t.rung, {})]
     return min(open_ones, key=lambda t: (promise(t, results, eta), t.number), default=None)
 
 

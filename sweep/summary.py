@@ -10,10 +10,10 @@ from sqlalchemy import Connection
 from budgets.ledger import Balances, Ledger, trial_account
 from budgets.money import MICROS
 from budgets.statement import statement as draw_up
-from sweep import records, rungs, space, triage
+from sweep import records, space, triage
 from sweep.errors import NotFoundError
 from sweep.projection import projector_of
-from sweep.records import Study, TrialRow
+from sweep.records import Study, TrialRow, WorkerRow
 from sweep.rungs import Results
 
 SCHEMA_VERSION = 1
@@ -128,7 +128,7 @@ def status(connection: Connection, name: str, now_ms: dict[str, int] | None = No
     rows = records.trials(connection, name)
     balances = Ledger(connection, name).balances()
     worker = next(iter(records.workers(connection, name, living=True)), None)
-    projected, low, high = _projected(connection, study, rows, balances, now_ms or {})
+    projected, low, high = _projected(connection, study, rows, balances, worker, now_ms or {})
     ranked = trials(connection, name)
     counts: dict[str, int] = {}
     for row in rows:
@@ -160,22 +160,22 @@ def status(connection: Connection, name: str, now_ms: dict[str, int] | None = No
 
 
 def _projected(
-    connection: Connection, study: Study, rows: list[TrialRow], balances: Balances, now_ms: dict[str, int]
+    connection: Connection,
+    study: Study,
+    rows: list[TrialRow],
+    balances: Balances,
+    worker: WorkerRow | None,
+    now_ms: dict[str, int],
 ) -> tuple[int, int, int]:
     """Projected spend and its 80 % interval, in micro-dollars."""
-    worker = next(iter(records.workers(connection, study.name, living=True)), None)
-    projector = projector_of(study, connection)
     running = [t for t in rows if t.state in {"live", "waiting"}]
     if worker is None and not running:
         return balances.spent, balances.spent, balances.spent
+    projector = projector_of(study, connection)
     now = now_ms.get(worker.id, worker.at_ms) if worker else 0
     funds = triage.funds(balances, study.micros_per_hour, worker, now, projector.load().mean)
     results = Results((e.trial, e.rung, e.loss) for e in records.evaluations(connection, study.name))
-    leader = rungs.leader(rows, results, study.spec.search.eta)
-    to_end = 0.0
-    if leader is not None and rungs.worth_finishing(leader, rows, results):
-        to_end = projector.to_end(leader).mean
-        to_end -= projector.to_target(leader).mean if leader in running else 0.0
+    to_end = triage.finish_seconds(rows, results, projector, study.spec.search.eta)
     funds = dataclasses.replace(funds, finish_seconds=to_end)
     middle = triage.projected_spend(funds, running, projector)
     spread = [projector.to_target(t) for t in running]

@@ -9,7 +9,7 @@ from budgets.ledger import Balances
 from budgets.money import cost_micros, usd
 from sweep.projection import Projector
 from sweep.records import TrialRow, WorkerRow
-from sweep.rungs import Results, promise
+from sweep.rungs import Results, leader, promise, worth_finishing
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,15 @@ def funds(
     overhead = cost_micros(micros_per_hour, max(round(load_seconds * 1000) - now_ms, 0)) if loading else 0
     prepaid = max(worker.work_ms - now_ms, 0)
     return Funds(balances, micros_per_hour, balances.spent + max(used, 0), prepaid, overhead)
+
+
+def finish_seconds(trials: Sequence[TrialRow], results: Results, projector: Projector, eta: int) -> float:
+    """What bringing the leader to its end takes beyond its next decision, as long as it may still win."""
+    best = leader(trials, results, eta)
+    if best is None or not worth_finishing(best, trials, results):
+        return 0.0
+    end = projector.to_end(best).mean
+    return end - projector.to_target(best).mean if best.state in {"live", "waiting"} else end
 
 
 def projected_spend(money: Funds, trials: Sequence[TrialRow], projector: Projector) -> int:
