@@ -4,11 +4,11 @@
       ├───> void       provably never used: everything returns
       └───> expire     nobody knows: charged in full, refunded on evidence
 
-What it guarantees: `spent + held <= cap` always, by one conditional UPDATE (reserve what may be spent before it is
-spent) and by CHECK constraints behind it; every hold is resolved at most once; every verb may be repeated with the
-same id and has its effect once; money that was lost all the same is posted to `overrun` and freezes the study.
-The verbs run in the caller's transaction, so a settlement and what it pays for commit together. They take the
-`budget` row's lock first, so that there is one lock order.
+What it guarantees: `spent + held <= cap` always, over budget and reserve together, by one conditional UPDATE (what may
+be spent is reserved before it is spent) and by CHECK constraints behind it; every hold is resolved at most once; every
+verb may be repeated with the same id and has its effect once; money that was lost all the same is posted to `overrun`
+and freezes the study. The verbs run in the caller's transaction, so a settlement and what it pays for commit together.
+They take the `budget` row's lock first, so that there is one lock order.
 
 The model is TigerBeetle's two-phase transfers with pessimistic limits (docs/coding/two-phase-transfers.md there),
 except that an expired hold is charged, not returned: a machine that fell silent may well have run.
@@ -30,7 +30,9 @@ from budgets.money import split_micros
 from budgets.schema import account, hold, transfer
 
 WORLD, BUDGET, RESERVE, IDLE, OVERRUN = "world", "budget", "reserve", "idle", "overrun"
-OVERHEAD = tuple(f"overhead:{name}" for name in ("load", "compile", "checkpoint", "teardown"))
+# `bill` is what a provider charged beyond the time that the sweep saw.
+OVERHEAD = tuple(f"overhead:{name}" for name in ("load", "compile", "checkpoint", "teardown", "bill"))
+NOT_COSTS = frozenset({WORLD, BUDGET, RESERVE, OVERRUN})
 
 
 class LedgerError(Exception):
@@ -49,12 +51,16 @@ class HoldClosed(LedgerError):
     """The hold was resolved otherwise before, or was taken over under a newer fence."""
 
 
+class HoldsOpen(LedgerError):
+    """The books can't be compared with a bill while money is held."""
+
+
 class IdempotencyConflict(LedgerError):
     """The same id with another request."""
 
 
 class CapTooLow(LedgerError):
-    """The new cap is under what is spent and held already."""
+    """The new cap is under what is spent, held and reserved already."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class Balances:
     held: int
     left: int  # what budget and reserve could still hold
     overrun: int
-    reserve: int
+    reserve: int  # what of it is not held
     frozen: bool
     accounts: dict[str, int]
 
@@ -83,6 +89,8 @@ class Ledger:
         self.connection = connection
         self.study = study
 
+    # The cap and the reserve
+
     def open(self, cap_micros: int) -> None:
         """Makes the study's accounts and funds the budget with the cap. Safe to repeat."""
         if cap_micros <= 0:
@@ -93,19 +101,46 @@ class Ledger:
         self._transfer(f"fund:{self.study}:0", "fund", WORLD, BUDGET, cap_micros, note="cap at launch")
 
     def set_cap(self, cap_micros: int, request: str) -> None:
-        """Raises or lowers the cap by one more transfer. Raises CapTooLow, never touching what is spent or held."""
+        """Raises or lowers the cap by one more transfer.
+
+        Raises CapTooLow, never touching what is spent, held or reserved; IdempotencyConflict.
+        """
         self._lock()
         identifier = f"fund:{self.study}:{request}"
-        if self._existing(identifier) is not None:
+        if self._replayed(identifier, {"cap": cap_micros}):
             return
         balances = self.balances()
         change = cap_micros - balances.cap
+        asked = {"request_hash": _digest({"cap": cap_micros})}
         if change > 0:
-            self._transfer(identifier, "fund", WORLD, BUDGET, change, note="cap raised")
+            self._transfer(identifier, "fund", WORLD, BUDGET, change, note="cap raised", **asked)
         elif change < 0:
             if self._available(BUDGET) < -change:
-                raise CapTooLow(f"spent and held are {balances.spent + balances.held} micro-dollars of {cap_micros}")
-            self._transfer(identifier, "fund", BUDGET, WORLD, -change, note="cap lowered")
+                promised = balances.spent + balances.held + balances.reserve
+                raise CapTooLow(f"spent, held and reserved are {promised} micro-dollars of {cap_micros}")
+            self._transfer(identifier, "fund", BUDGET, WORLD, -change, note="cap lowered", **asked)
+
+    def set_aside(self, amount: int, request: str) -> None:
+        """Moves `amount` from the budget to the reserve, which no search can hold. Raises BudgetExhausted."""
+        self._lock()
+        if self._replayed(f"reserve:{self.study}:{request}", {"amount": amount}):
+            return
+        if self._available(BUDGET) < amount:
+            raise BudgetExhausted(f"{amount} micro-dollars do not fit the {self._available(BUDGET)} left")
+        asked = {"request_hash": _digest({"amount": amount}), "note": "set aside for the endgame"}
+        self._transfer(f"reserve:{self.study}:{request}", "move", BUDGET, RESERVE, amount, **asked)
+
+    def release(self, request: str, *, note: str) -> int:
+        """Returns to the budget what of the reserve is neither used nor held; returns how much that was."""
+        self._lock()
+        free = self._available(RESERVE)
+        if free and not self._replayed(f"release:{self.study}:{request}", {}):
+            asked = {"request_hash": _digest({}), "note": note}
+            self._transfer(f"release:{self.study}:{request}", "move", RESERVE, BUDGET, free, **asked)
+            return free
+        return 0
+
+    # Holds
 
     def hold(self, identifier: str, amount: int, *, fence: int, purpose: str, account_code: str = BUDGET) -> None:
         """Sets `amount` aside.
@@ -121,10 +156,7 @@ class Ledger:
             return
         if known is not None:
             raise IdempotencyConflict(f"hold {identifier} exists with another request")
-        if not self._raise_held(account_code, amount):
-            if self.balances().frozen:
-                raise BudgetFrozen(f"study {self.study} is frozen after an overrun")
-            raise BudgetExhausted(f"{amount} micro-dollars do not fit the {self._available(account_code)} left")
+        self._raise_held(account_code, amount)
         self.connection.execute(
             hold.insert().values(
                 id=identifier,
@@ -136,6 +168,18 @@ class Ledger:
                 fence=fence,
             )
         )
+
+    def extend(self, identifier: str, to_amount: int, *, fence: int) -> None:
+        """Widens an open hold to `to_amount` in all; an absolute target, so that a repetition changes nothing.
+
+        Raises BudgetExhausted or BudgetFrozen, and has then written nothing; HoldClosed.
+        """
+        self._lock()
+        row = self._open_hold(identifier, fence, "")
+        if row is None or to_amount <= row.amount_micros:
+            return
+        self._raise_held(row.account, to_amount - row.amount_micros)
+        self.connection.execute(update(hold).where(hold.c.id == identifier).values(amount_micros=to_amount))
 
     def settle(
         self,
@@ -149,29 +193,30 @@ class Ledger:
     ) -> None:
         """Charges a hold by cost centre; what is left of it returns.
 
-        Charges over the hold are first taken from what the account has left; the rest is posted to `overrun` and
-        freezes the study. Raises HoldClosed if the hold was resolved otherwise before or belongs to a newer fence.
+        Charges over the hold are first taken from what budget and reserve have left; the rest is posted to `overrun`
+        and freezes the study. Raises HoldClosed if the hold was resolved otherwise before or has a newer fence.
         """
         if any(charge <= 0 for charge in charges.values()):
             raise ValueError(f"charges must be positive: {dict(charges)}")
-        total = sum(charges.values())
         self._lock()
-        amount, source, settled = self._claim(identifier, fence)
-        lost = self._existing(f"overrun:{identifier}")
-        if settled is not None and settled + (lost.amount_micros if lost else 0) == total:
+        resolution = _digest({"settle": dict(charges)})
+        row = self._open_hold(identifier, fence, resolution)
+        if row is None:
             return
-        excess = max(total - amount, 0)
-        covered = min(excess, max(self._available(source), 0))
-        if covered and settled is None:
-            self._widen(identifier, source, covered)
+        excess = max(sum(charges.values()) - row.amount_micros, 0)
+        covered = self._cover(identifier, row.account, excess)
+        if covered:
+            self._raise_held(row.account, covered, even_frozen=True)
+            widened = row.amount_micros + covered
+            self.connection.execute(update(hold).where(hold.c.id == identifier).values(amount_micros=widened))
         paid = _cut(charges, excess - covered)
-        self._resolve(identifier, fence, "settled", sum(paid.values()))
+        self._close(row, "settled", row.amount_micros + covered, sum(paid.values()), resolution)
         for code in sorted(paid):
             self._account(code)
             self._transfer(
                 f"settle:{identifier}:{code}",
                 "settle",
-                source,
+                row.account,
                 code,
                 paid[code],
                 hold_id=identifier,
@@ -185,44 +230,90 @@ class Ledger:
     def void(self, identifier: str, *, fence: int) -> None:
         """Returns a hold whose machine provably never started. Raises HoldClosed."""
         self._lock()
-        self._claim(identifier, fence)
-        self._resolve(identifier, fence, "voided", 0)
+        resolution = _digest({"void": True})
+        row = self._open_hold(identifier, fence, resolution)
+        if row is not None:
+            self._close(row, "voided", row.amount_micros, 0, resolution)
 
     def expire(self, identifier: str, weights: Mapping[str, int], *, fence: int, note: str = "") -> None:
         """Charges a hold in full, split by `weights`: no record says how much was used. Raises HoldClosed."""
         self._lock()
-        amount, source, _ = self._claim(identifier, fence)
-        if not self._resolve(identifier, fence, "expired", amount):
+        resolution = _digest({"expire": dict(weights)})
+        row = self._open_hold(identifier, fence, resolution)
+        if row is None:
             return
-        for code, part in sorted(split_micros(amount, weights).items()):
+        self._close(row, "expired", row.amount_micros, row.amount_micros, resolution)
+        for code, part in sorted(split_micros(row.amount_micros, weights).items()):
             self._account(code)
-            self._transfer(f"expire:{identifier}:{code}", "expire", source, code, part, hold_id=identifier, note=note)
+            words = {"hold_id": identifier, "note": note}
+            self._transfer(f"expire:{identifier}:{code}", "expire", row.account, code, part, **words)
+
+    def take_over(self, fence: int) -> None:
+        """Puts every open hold under a newer fence: its former owner can no longer resolve it."""
+        self._lock()
+        self.connection.execute(
+            update(hold).where(hold.c.study == self.study, hold.c.state == "open").values(fence=fence)
+        )
+
+    # Corrections
 
     def charge(self, identifier: str, code: str, amount: int, *, note: str) -> None:
-        """Charges time that no hold covered (a rented machine between two runs); what does not fit is overrun."""
+        """Charges time that no hold covered (a rented machine between two runs); what does not fit is overrun.
+
+        Raises IdempotencyConflict.
+        """
         self._lock()
         self._account(code)
-        covered = min(amount, max(self._available(BUDGET), 0))
+        asked = {"account": code, "amount": amount}
+        if self._replayed(f"charge:{identifier}", asked) or self._replayed(f"overrun:{identifier}", asked):
+            return
+        covered = self._cover(identifier, BUDGET, amount)
+        words = {"note": note, "request_hash": _digest(asked)}
         if covered:
-            self._transfer(f"charge:{identifier}", "settle", BUDGET, code, covered, note=note)
+            self._transfer(f"charge:{identifier}", "settle", BUDGET, code, covered, **words)
         if amount > covered:
-            self._post_overrun(f"overrun:{identifier}", amount - covered, note)
+            self._post_overrun(f"overrun:{identifier}", amount - covered, note, request_hash=_digest(asked))
 
     def refund(self, transfer_id: str, amount: int, *, note: str) -> None:
-        """Returns part of an earlier charge on evidence, by one more transfer. Raises ValueError beyond it."""
+        """Returns part of an earlier charge on evidence, by one more transfer.
+
+        Raises ValueError beyond the charge, IdempotencyConflict when another part of it was returned before.
+        """
         self._lock()
         row = self.connection.execute(select(transfer).where(transfer.c.id == transfer_id)).one()
         if row.kind not in {"settle", "expire"} or not 0 < amount <= row.amount_micros:
             raise ValueError(f"{amount} micro-dollars cannot be refunded of {transfer_id}")
-        self._transfer(
-            f"refund:{transfer_id}", "refund", row.credit, row.debit, amount, reverses_id=transfer_id, note=note
-        )
+        words = {"reverses_id": transfer_id, "note": note}
+        self._transfer(f"refund:{transfer_id}", "refund", row.credit, row.debit, amount, **words)
 
-    def take_over(self, fence: int) -> None:
-        """Puts every open hold under a newer fence: its former owner can no longer resolve it."""
-        self.connection.execute(
-            update(hold).where(hold.c.study == self.study, hold.c.state == "open").values(fence=fence)
-        )
+    def reconcile(self, bill_micros: int, *, note: str) -> int:
+        """Makes the books say what the provider's bill says; returns the bill less what was charged.
+
+        A lower bill is refunded, off the overrun first and then off every cost centre in proportion. A higher one is
+        charged to `overhead:bill`; what the cap does not cover is overrun. Raises HoldsOpen.
+        """
+        self._lock()
+        if self.open_holds():
+            raise HoldsOpen(f"study {self.study} holds money for a worker that was not settled")
+        balances = self.balances()
+        difference = bill_micros - balances.spent - balances.overrun
+        # Numbered by the books' own state: a repetition finds no difference, so it needs no key of the caller's.
+        seq = self.connection.execute(select(account.c.seq).where(self._where(BUDGET))).scalar_one()
+        name = f"{self.study}:bill:{seq}"
+        if difference > 0:
+            self.charge(name, "overhead:bill", difference, note=note)
+        elif difference < 0:
+            found = min(-difference, balances.overrun)
+            if found:
+                self._transfer(f"refund:{name}:{OVERRUN}", "refund", OVERRUN, WORLD, found, note=note)
+            if found == balances.overrun:  # nothing was lost after all
+                self.connection.execute(update(account).where(self._where(BUDGET)).values(frozen=0))
+            costs = {c: b for c, b in balances.accounts.items() if c not in NOT_COSTS and b > 0}
+            for code, part in sorted(split_micros(-difference - found, costs).items()):
+                self._transfer(f"refund:{name}:{code}", "refund", code, BUDGET, part, note=note)
+        return difference
+
+    # Reading
 
     def open_holds(self) -> dict[str, int]:
         """Returns the open holds and their amounts in micro-dollars."""
@@ -247,10 +338,12 @@ class Ledger:
             held=held,
             left=inside - held,
             overrun=overrun.balance_micros,
-            reserve=reserve.balance_micros,
+            reserve=reserve.balance_micros - reserve.held_micros,
             frozen=bool(budget.frozen),
             accounts={row.code: row.balance_micros for row in rows},
         )
+
+    # What the verbs are made of
 
     def _insert(self, table: Table) -> Any:
         return (postgresql if self.connection.dialect.name == "postgresql" else sqlite).insert(table)
@@ -271,68 +364,72 @@ class Ledger:
         free = account.c.balance_micros - account.c.held_micros
         return int(self.connection.execute(select(free).where(self._where(code))).scalar_one())
 
-    def _raise_held(self, code: str, amount: int) -> bool:
-        not_frozen = select(func.count()).where(self._where(BUDGET), account.c.frozen == 0).scalar_subquery()
+    def _raise_held(self, code: str, amount: int, *, even_frozen: bool = False) -> None:
+        """The one conditional UPDATE that admits a hold. Raises BudgetExhausted or BudgetFrozen."""
+        open_study = [] if even_frozen else [self._not_frozen()]
         raised = self.connection.execute(
             update(account)
-            .where(self._where(code), account.c.balance_micros - account.c.held_micros >= amount, not_frozen == 1)
+            .where(self._where(code), account.c.balance_micros - account.c.held_micros >= amount, *open_study)
             .values(held_micros=account.c.held_micros + amount)
         )
-        return raised.rowcount == 1
+        if raised.rowcount == 1:
+            return
+        if self.balances().frozen and not even_frozen:
+            raise BudgetFrozen(f"study {self.study} is frozen after an overrun")
+        raise BudgetExhausted(f"{amount} micro-dollars do not fit the {self._available(code)} left")
 
-    def _widen(self, identifier: str, code: str, amount: int) -> None:
-        self.connection.execute(
-            update(account)
-            .where(self._where(code), account.c.balance_micros - account.c.held_micros >= amount)
-            .values(held_micros=account.c.held_micros + amount)
-        )
-        self.connection.execute(
-            update(hold)
-            .where(hold.c.id == identifier, hold.c.state == "open")
-            .values(amount_micros=hold.c.amount_micros + amount)
-        )
+    def _not_frozen(self) -> Any:
+        return select(func.count()).where(self._where(BUDGET), account.c.frozen == 0).scalar_subquery() == 1
 
-    def _claim(self, identifier: str, fence: int) -> tuple[int, str, int | None]:
-        """Returns the hold's amount, its account, and what it was settled with if that is so."""
+    def _cover(self, identifier: str, code: str, amount: int) -> int:
+        """Returns how much of `amount` account `code` can still pay; the reserve stands in where the budget can't."""
+        free = max(self._available(code), 0)
+        short = min(amount - free, max(self._available(RESERVE), 0)) if code == BUDGET else 0
+        if short > 0:
+            self._transfer(f"cover:{identifier}", "move", RESERVE, BUDGET, short, note="the budget did not cover it")
+        return min(amount, free + max(short, 0))
+
+    def _open_hold(self, identifier: str, fence: int, resolution: str) -> Any:
+        """Returns the hold's row, or None if it was closed by this very request. Raises HoldClosed."""
         mine = and_(hold.c.id == identifier, hold.c.study == self.study)
         row = self.connection.execute(select(hold).where(mine)).one_or_none()
         if row is None:
             raise LedgerError(f"there is no hold {identifier}")
+        if row.state != "open":
+            if row.resolution == resolution:
+                return None
+            raise HoldClosed(f"hold {identifier} is {row.state} with {row.settled_micros} micro-dollars")
         if row.fence != fence:
             raise HoldClosed(f"hold {identifier} was taken over (fence {row.fence}, not {fence})")
-        return row.amount_micros, row.account, row.settled_micros if row.state == "settled" else None
+        return row
 
-    def _resolve(self, identifier: str, fence: int, state: str, actual: int) -> bool:
-        """Closes an open hold and gives its money free. Returns False if this very outcome stands already."""
-        row = self.connection.execute(select(hold).where(hold.c.id == identifier)).one()
+    def _close(self, row: Any, state: str, amount: int, actual: int, resolution: str) -> None:
+        """Closes an open hold of `amount` and gives its money free. Raises HoldClosed if somebody was faster."""
         closed = self.connection.execute(
             update(hold)
-            .where(hold.c.id == identifier, hold.c.state == "open", hold.c.fence == fence)
-            .values(state=state, settled_micros=actual)
+            .where(hold.c.id == row.id, hold.c.state == "open", hold.c.fence == row.fence)
+            .values(state=state, settled_micros=actual, resolution=resolution)
         )
-        if closed.rowcount == 0:
-            if (row.state, row.settled_micros) == (state, actual):
-                return False
-            raise HoldClosed(f"hold {identifier} is {row.state} with {row.settled_micros}, not {state} with {actual}")
+        if closed.rowcount != 1:
+            raise HoldClosed(f"hold {row.id} was closed or taken over in between")
         self.connection.execute(
-            update(account)
-            .where(self._where(row.account))
-            .values(held_micros=account.c.held_micros - row.amount_micros)
+            update(account).where(self._where(row.account)).values(held_micros=account.c.held_micros - amount)
         )
-        return True
 
-    def _existing(self, identifier: str) -> Any:
-        return self.connection.execute(select(transfer).where(transfer.c.id == identifier)).one_or_none()
+    def _replayed(self, identifier: str, request: Mapping[str, object]) -> bool:
+        """Says whether this very request was carried out. Raises IdempotencyConflict if the id was another's."""
+        known = self.connection.execute(
+            select(transfer.c.request_hash).where(transfer.c.id == identifier)
+        ).one_or_none()
+        if known is not None and known.request_hash != _digest(request):
+            raise IdempotencyConflict(f"transfer {identifier} exists with another request")
+        return known is not None
 
     def _transfer(self, identifier: str, kind: str, debit: str, credit: str, amount: int, **more: Any) -> None:
-        existing = self._existing(identifier)
+        existing = self.connection.execute(select(transfer).where(transfer.c.id == identifier)).one_or_none()
         if existing is not None:
-            if (existing.kind, existing.debit, existing.credit, existing.amount_micros) != (
-                kind,
-                debit,
-                credit,
-                amount,
-            ):
+            content = (existing.kind, existing.debit, existing.credit, existing.amount_micros)
+            if content != (kind, debit, credit, amount):
                 raise IdempotencyConflict(f"transfer {identifier} exists with another content")
             return
         self.connection.execute(
@@ -357,8 +454,8 @@ class Ledger:
             )
         )
 
-    def _post_overrun(self, identifier: str, amount: int, note: str) -> None:
-        self._transfer(identifier, "overrun", WORLD, OVERRUN, amount, note=note)
+    def _post_overrun(self, identifier: str, amount: int, note: str, **more: Any) -> None:
+        self._transfer(identifier, "overrun", WORLD, OVERRUN, amount, note=note, **more)
         self.connection.execute(update(account).where(self._where(BUDGET)).values(frozen=1))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from budgets.ledger import IDLE
-from budgets.money import cost_micros, split_micros
+from budgets.money import split_micros
+from budgets.tariff import Tariff
 
 
 def account_of(centre: str) -> str:
@@ -14,13 +15,13 @@ def account_of(centre: str) -> str:
 
 
 def charges(
-    micros_per_hour: int, from_ms: int, to_ms: int, before: Mapping[str, int], after: Mapping[str, int], rest: str
+    tariff: Tariff, from_ms: int, to_ms: int, before: Mapping[str, int], after: Mapping[str, int], rest: str
 ) -> dict[str, int]:
     """Splits the cost of a worker's meter between two readings by what it was used for.
 
-    The total is cost(to_ms) - cost(from_ms), so that over a worker's life the charges add up to the cost of its whole
-    time with a single rounding. `before` and `after` are cumulative ms by cost centre; time that the reading does not
-    explain (a process that died between two reports) goes to the centre `rest`.
+    The total is tariff.cost(to_ms) - tariff.cost(from_ms), so that over a worker's life the charges add up to the cost
+    of its whole time with a single rounding. `before` and `after` are cumulative ms by cost centre; time that the
+    reading does not explain (a process that died between two reports) goes to the centre `rest`.
     Raises ValueError if time ran backwards.
     """
     if to_ms < from_ms:
@@ -31,8 +32,7 @@ def charges(
     unexplained = to_ms - from_ms - sum(used.values())
     if unexplained > 0:
         used[rest] = used.get(rest, 0) + unexplained
-    total = cost_micros(micros_per_hour, to_ms) - cost_micros(micros_per_hour, from_ms)
     weights: dict[str, int] = {}
     for centre, ms in used.items():
         weights[account_of(centre)] = weights.get(account_of(centre), 0) + ms
-    return split_micros(total, weights)
+    return split_micros(tariff.cost(to_ms) - tariff.cost(from_ms), weights)

@@ -1,6 +1,6 @@
 """Dollars as whole micro-dollars. No float ever holds money.
 
-Rates are micro-dollars an hour, times are milliseconds.
+Times are milliseconds.
 """
 
 from __future__ import annotations
@@ -8,11 +8,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
+from typing import Literal, NamedTuple
 
 MICROS = 1_000_000
 MS_PER_HOUR = 3_600_000
 MAX_MICROS = 10**15  # a billion dollars: far below what a 64-bit column holds, far above any cap
 
+Unit = Literal["hour", "kWh", "Mtok"]  # Mtok: a million tokens, as rented training services count them
+_UNITS: dict[str, Unit] = {
+    **dict.fromkeys(("", "h", "hr", "hour"), "hour"),
+    "kwh": "kWh",
+    **dict.fromkeys(("mtok", "m tokens", "1m tokens", "million tokens"), "Mtok"),
+}
 _USD = re.compile(r"\s*\$?\s*([+-]?[0-9][0-9_,]*(?:\.[0-9]*)?|[+-]?\.[0-9]+)\s*(?:USD|usd)?\s*")
 
 
@@ -39,12 +46,26 @@ def parse_usd(text: str | int | float) -> int:
     return int(micros)
 
 
-def parse_rate(text: str | int | float) -> int:
-    """Returns micro-dollars an hour for `$1.29/hour`, `1.29/h` or a bare `1.29`. Raises MoneyError."""
+class Rate(NamedTuple):
+    """A price: micro-dollars for one unit."""
+
+    micros: int
+    unit: Unit
+
+    def __str__(self) -> str:
+        return f"${(Decimal(self.micros) / MICROS).normalize():f}/{self.unit}"
+
+
+def parse_rate(text: str | int | float) -> Rate:
+    """Returns the price in `$1.29/hour`, `1.29/h`, a bare `1.29` (an hour), `$0.32/kWh` or `$0.48/Mtok`.
+
+    Raises MoneyError.
+    """
     amount, _, unit = str(text).partition("/")
-    if unit.strip().lower() not in {"", "h", "hr", "hour"}:
-        raise MoneyError(f"{str(text)!r} is not a price an hour; write it as $1.29/hour")
-    return parse_usd(amount)
+    known = _UNITS.get(unit.strip().lower())
+    if known is None:
+        raise MoneyError(f"{str(text)!r} is not a price; write it as $1.29/hour, $0.32/kWh or $0.48/Mtok")
+    return Rate(parse_usd(amount), known)
 
 
 def usd(micros: int, places: int | None = None) -> str:

@@ -14,6 +14,8 @@ from importlib import resources
 
 from budgets.money import parse_usd
 
+STALE_DAYS = 90  # older prices are shown with a warning
+
 
 class UnknownGPU(LookupError):
     """No listed machine has this GPU."""
@@ -29,8 +31,16 @@ class Price:
     gpu: str
     gpu_count: int
     gpu_memory_gib: int
+    spot_micros_per_hour: int | None
+    minimum_seconds: int
+    quantum_seconds: int
+    region: str
     as_of: datetime.date
     source: str
+
+    def stale(self, today: datetime.date) -> bool:
+        """Whether the price is too old to be trusted without a look."""
+        return self.age_days(today) > STALE_DAYS
 
     def age_days(self, today: datetime.date) -> int:
         """Days since the price was seen."""
@@ -49,6 +59,10 @@ def listed() -> tuple[Price, ...]:
             gpu=row["gpu"],
             gpu_count=int(row["gpu_count"]),
             gpu_memory_gib=int(float(row["gpu_memory_gib"])),
+            spot_micros_per_hour=parse_usd(row["spot_usd_per_hour"]) if row["spot_usd_per_hour"] else None,
+            minimum_seconds=int(row["minimum_seconds"]),
+            quantum_seconds=int(row["quantum_seconds"]),
+            region=row["region"],
             as_of=datetime.date.fromisoformat(row["as_of"]),
             source=row["source"],
         )
@@ -56,10 +70,10 @@ def listed() -> tuple[Price, ...]:
     )
 
 
-def lookup(gpu: str, provider: str | None = None, gpu_count: int = 1) -> Price:
-    """Returns the dearest listed price of a machine with `gpu_count` of these GPUs: a cap must hold at any of them.
+def lookup(gpu: str, provider: str | None = None, gpu_count: int = 1) -> tuple[Price, int]:
+    """Returns the dearest listed price of a machine with `gpu_count` of these GPUs, and how many there are.
 
-    Raises UnknownGPU, naming the nearest known one.
+    The dearest, because a cap must hold at any of them. Raises UnknownGPU, naming the nearest known one.
     """
     wanted = [
         price
@@ -75,4 +89,4 @@ def lookup(gpu: str, provider: str | None = None, gpu_count: int = 1) -> Price:
         raise UnknownGPU(
             f"no listed price for {gpu_count} x {gpu}{where}" + (f"; did you mean {near[0]}?" if near else "")
         )
-    return max(wanted, key=lambda price: (price.micros_per_hour, price.provider, price.instance))
+    return max(wanted, key=lambda price: (price.micros_per_hour, price.provider, price.instance)), len(wanted)

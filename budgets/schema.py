@@ -4,24 +4,23 @@
                     budget --move--> reserve          world --overrun--> overrun
 
 A balance is credits minus debits, so all balances of a study sum to zero. Money in flight is `held_micros` on the
-account that it will be taken from. Transfers are append-only: triggers refuse UPDATE and DELETE (on SQLite the store
-also sets `recursive_triggers`, without which INSERT OR REPLACE would slip past the delete trigger).
+account that it will be taken from. Transfers are append-only and closed holds final: triggers (`guard`) refuse UPDATE,
+DELETE and, on SQLite, the INSERT OR REPLACE that would slip past them.
 """
 
 from __future__ import annotations
 
 from sqlalchemy import (
-    DDL,
     BigInteger,
     CheckConstraint,
     Column,
+    Connection,
     ForeignKeyConstraint,
     Integer,
     MetaData,
     PrimaryKeyConstraint,
     Table,
     Text,
-    event,
 )
 
 metadata = MetaData()
@@ -59,6 +58,7 @@ hold = Table(
     Column("fence", Micros, nullable=False),
     Column("state", Text, nullable=False, server_default="open"),
     Column("settled_micros", Micros),
+    Column("resolution", Text),  # hash of the request that closed it: a replay is told from another request
     ForeignKeyConstraint(["study", "account"], ["sweep_account.study", "sweep_account.code"]),
     CheckConstraint("amount_micros > 0", name="amount_positive"),
     CheckConstraint("state IN ('open', 'settled', 'voided', 'expired')", name="known_state"),
@@ -82,6 +82,7 @@ transfer = Table(
     Column("micros_per_hour", Micros),
     Column("reverses_id", Text),
     Column("note", Text, nullable=False, server_default=""),
+    Column("request_hash", Text),  # where the amount depends on the moment, what was asked for
     Column("recorded_unix_ms", Micros, nullable=False),  # for people; no decision reads it
     ForeignKeyConstraint(["study", "debit"], ["sweep_account.study", "sweep_account.code"]),
     ForeignKeyConstraint(["study", "credit"], ["sweep_account.study", "sweep_account.code"]),
@@ -93,17 +94,50 @@ transfer = Table(
     sqlite_strict=True,
 )
 
-_SQLITE_GUARD = """
-CREATE TRIGGER IF NOT EXISTS sweep_transfer_no_{verb} BEFORE {verb} ON sweep_transfer
-BEGIN SELECT RAISE(ABORT, 'sweep_transfer is append-only'); END
-"""
-_POSTGRES_GUARD = """
-CREATE OR REPLACE FUNCTION sweep_transfer_guard() RETURNS trigger LANGUAGE plpgsql AS
-'BEGIN RAISE EXCEPTION ''sweep_transfer is append-only''; END';
-DROP TRIGGER IF EXISTS sweep_transfer_append_only ON sweep_transfer;
-CREATE TRIGGER sweep_transfer_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON sweep_transfer
-EXECUTE FUNCTION sweep_transfer_guard()
-"""
-_GUARDS = [(_SQLITE_GUARD.format(verb="UPDATE"), "sqlite"), (_SQLITE_GUARD.format(verb="DELETE"), "sqlite")]
-for _statement, _dialect in [*_GUARDS, (_POSTGRES_GUARD, "postgresql")]:
-    event.listen(transfer, "after_create", DDL(_statement).execute_if(dialect=_dialect))  # type: ignore[no-untyped-call]
+_SQLITE_GUARDS = {
+    # INSERT OR REPLACE deletes what it replaces without firing a delete trigger, unless the connection has
+    # recursive_triggers on; the insert guards stop it on any connection.
+    ("sweep_transfer", "UPDATE", ""): "sweep_transfer is append-only",
+    ("sweep_transfer", "DELETE", ""): "sweep_transfer is append-only",
+    (
+        "sweep_transfer",
+        "INSERT",
+        "WHEN EXISTS (SELECT 1 FROM sweep_transfer WHERE id = NEW.id OR (study = NEW.study AND seq = NEW.seq))",
+    ): "sweep_transfer is append-only",
+    ("sweep_hold", "UPDATE", "WHEN OLD.state <> 'open'"): "a closed hold never changes",
+    ("sweep_hold", "DELETE", ""): "no hold is ever deleted",
+    ("sweep_hold", "INSERT", "WHEN EXISTS (SELECT 1 FROM sweep_hold WHERE id = NEW.id)"): "no hold is ever replaced",
+}
+_POSTGRES_GUARDS = (
+    """
+    CREATE OR REPLACE FUNCTION sweep_refuse() RETURNS trigger LANGUAGE plpgsql AS
+    'BEGIN RAISE EXCEPTION USING MESSAGE = TG_ARGV[0]; END'
+    """,
+    """
+    CREATE OR REPLACE TRIGGER sweep_transfer_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON sweep_transfer
+    EXECUTE FUNCTION sweep_refuse('sweep_transfer is append-only')
+    """,
+    """
+    CREATE OR REPLACE TRIGGER sweep_hold_closed BEFORE UPDATE ON sweep_hold
+    FOR EACH ROW WHEN (OLD.state <> 'open') EXECUTE FUNCTION sweep_refuse('a closed hold never changes')
+    """,
+    """
+    CREATE OR REPLACE TRIGGER sweep_hold_kept BEFORE DELETE OR TRUNCATE ON sweep_hold
+    EXECUTE FUNCTION sweep_refuse('no hold is ever deleted')
+    """,
+)
+_NUMBERED_ONCE = "CREATE UNIQUE INDEX IF NOT EXISTS sweep_transfer_seq ON sweep_transfer (study, seq)"
+
+
+def guard(connection: Connection) -> None:
+    """Puts the triggers up that keep history as it is. Safe to repeat."""
+    connection.exec_driver_sql(_NUMBERED_ONCE)
+    if connection.dialect.name == "postgresql":
+        for statement in _POSTGRES_GUARDS:
+            connection.exec_driver_sql(statement)
+        return
+    for (table, verb, when), message in _SQLITE_GUARDS.items():
+        connection.exec_driver_sql(
+            f"CREATE TRIGGER IF NOT EXISTS {table}_no_{verb.lower()} BEFORE {verb} ON {table} {when} "
+            f"BEGIN SELECT RAISE(ABORT, '{message}'); END"
+        )

@@ -16,7 +16,8 @@ class Statement:
     idle: int
     spent: int
     held: int
-    left: int
+    left: int  # reserve included
+    reserve: int
     cap: int
     overrun: int
 
@@ -33,6 +34,7 @@ def statement(balances: Balances) -> Statement:
         spent=balances.spent,
         held=balances.held,
         left=balances.left,
+        reserve=balances.reserve,
         cap=balances.cap,
         overrun=balances.overrun,
     )

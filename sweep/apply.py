@@ -96,6 +96,7 @@ def _evaluated(connection: Connection, study: Study, trial: TrialRow, event: Eva
                 evaluate_ms=event.evaluate_ms,
                 checkpoint_ms=event.checkpoint_ms,
                 attempt=event.attempt,
+                ordinal=records.next_evaluation(connection, study.name),
             )
         )
     records.set_trial(

@@ -6,7 +6,6 @@ from sqlalchemy import Connection, func, select
 
 from budgets import audit
 from budgets.ledger import BUDGET
-from budgets.money import cost_micros
 from budgets.schema import hold, transfer
 from sweep import records
 
@@ -34,8 +33,13 @@ def _time(connection: Connection, study: str) -> list[str]:
             transfer.c.kind == "overrun",
             transfer.c.id.startswith(f"overrun:{worker.id}:s", autoescape=True),
         )
-        paid = int(connection.execute(mine).scalar_one()) + int(connection.execute(lost).scalar_one())
-        expected = cost_micros(worker.micros_per_hour, worker.settled_ms)
+        returned = select(func.coalesce(func.sum(transfer.c.amount_micros), 0)).where(
+            transfer.c.study == study,
+            transfer.c.kind == "refund",
+            transfer.c.reverses_id.startswith(f"expire:{worker.id}:s", autoescape=True),
+        )
+        paid = sum(int(connection.execute(q).scalar_one()) * s for q, s in ((mine, 1), (lost, 1), (returned, -1)))
+        expected = worker.tariff.cost(worker.settled_ms)
         if paid != expected:
             found.append(f"worker {worker.id} was charged {paid} micro-dollars for {worker.settled_ms} ms: {expected}")
         if worker.state == "ended" and worker.hold in open_holds:

@@ -20,6 +20,8 @@ VERBS = {
     "show": "A study's resolved spec, or one trial.",
     "statement": "Where every cent went.",
     "list": "The studies of this database.",
+    "reconcile": "Make the books agree with the provider's bill.",
+    "reprice": "Tell a study that its machine's price has changed.",
     "audit": "Check every invariant of the ledger; silent when all hold.",
     "prices": "Listed machine prices.",
     "help": "Exit codes and other topics.",

@@ -7,7 +7,9 @@
     ├── NotFoundError                  4   no such study, trial or storage
     ├── InvariantError                 5   the ledger's audit found something, or an overrun froze the study
     ├── StoreError                     6   the database is busy, unreachable, or of another version
-    ├── StudyBusyError                 6   another orchestrator drives this study
+    │   ├── StoreUnavailableError      6   ... for the moment: tried again by itself
+    │   │   └── OutcomeUnknownError    6   lost during COMMIT; a repetition is safe
+    │   └── StudyBusyError             6   another orchestrator drives this study, or took it over
     ├── UnusableError                  7   model or data cannot be used
     ├── DiskError                      8   a checkpoint could not be written
     ├── WorkerError                    1   the worker died again and again
@@ -64,6 +66,18 @@ class StoreError(SweepError):
     """The database is busy, cannot be reached, or has another version."""
 
     exit_code, code = 6, "store"
+
+
+class StoreUnavailableError(StoreError):
+    """The database is busy or cannot be reached at the moment."""
+
+    code = "store_unavailable"
+
+
+class OutcomeUnknownError(StoreUnavailableError):
+    """The connection was lost during COMMIT; whether it took place is seen when the database is back."""
+
+    code = "outcome_unknown"
 
 
 class StudyBusyError(StoreError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import os
 import subprocess
@@ -15,32 +14,16 @@ from sqlalchemy.exc import IntegrityError
 
 from budgets.ledger import Ledger
 from budgets.money import usd
-from budgets.prices import UnknownGPU, lookup
-from sweep import clock, records, tables
-from sweep.errors import DiskError, SpecError, SweepError, UnusableError, UsageError
+from sweep import clock, pricing, records, tables
+from sweep.errors import DiskError, SweepError, UnusableError, UsageError
 from sweep.plan import lengths
+from sweep.pricing import Quote
 from sweep.records import Study
 from sweep.spec import Spec
 from sweep.store import Store
 
 RUNS = Path("runs")
-STALE_DAYS = 90
 CHECK_SECONDS = 3600  # tokenising a large data set may take long; a hang must still end
-
-
-def price_of(spec: Spec) -> tuple[int, str]:
-    """Returns micro-dollars an hour and where the price comes from. Raises SpecError for an unknown GPU."""
-    machine = spec.machine
-    if machine.price is not None:
-        return machine.price, "from the spec"
-    try:
-        price = lookup(machine.gpu or "", machine.provider)
-    except UnknownGPU as error:
-        raise SpecError(f"machine.gpu: {error}", "`sweep prices` lists them; or give machine.price") from error
-    note = f"{price.provider} {price.instance}, listed {price.as_of} ({price.source})"
-    if price.age_days(datetime.date.today()) > STALE_DAYS:
-        note += f"; over {STALE_DAYS} days old, better give machine.price"
-    return price.micros_per_hour, note
 
 
 def study_folder(name: str) -> Path:
@@ -117,8 +100,17 @@ def compare_gpu(spec: Spec, facts: dict[str, Any]) -> None:
         raise UsageError(f"the spec names a {named}, this machine {has}", "correct machine.gpu, or add --anyway")
 
 
-def create(store: Store, spec: Spec, facts: dict[str, Any], micros_per_hour: int, folder: Path) -> Study:
-    """Stores a new study and funds its budget with the cap. Raises UsageError if the name is taken."""
+def create(store: Store, spec: Spec, facts: dict[str, Any], quote: Quote, folder: Path, boot: tuple[str, int]) -> Study:
+    """Stores a new study, funds its budget with the cap and sets the reserve aside.
+
+    `boot` is this machine's boot id and clock. Raises UsageError if the name is taken, DiskError.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if quote.unit == "Mtok":
+            pricing.write_token_meter(folder)
+    except OSError as error:
+        raise DiskError(f"{folder} cannot be written: {error.strerror}", "work in another folder") from error
     try:
         with store.write() as connection:
             connection.execute(
@@ -127,12 +119,17 @@ def create(store: Store, spec: Spec, facts: dict[str, Any], micros_per_hour: int
                     spec=json.dumps(spec.resolved()),
                     facts=json.dumps(facts),
                     folder=str(folder),
-                    micros_per_hour=micros_per_hour,
+                    micros_per_hour=quote.tariff.now,
+                    unit=quote.unit,
                     created_unix_ms=clock.unix_ms(),
                 )
             )
-            Ledger(connection, spec.study).open(spec.budget.cap)
-            text = f"cap {usd(spec.budget.cap)} at {usd(micros_per_hour)}/hour"
+            ledger = Ledger(connection, spec.study)
+            ledger.open(spec.budget.cap)
+            if spec.budget.reserve:
+                ledger.set_aside(spec.budget.reserve, "launch")
+            pricing.store_price(connection, spec.study, quote.tariff, quote.note, boot)
+            text = f"cap {usd(spec.budget.cap)} at {usd(quote.tariff.now)}/{quote.unit}"
             records.note(connection, spec.study, "created", text)
             return records.study(connection, spec.study)
     except IntegrityError as error:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from budgets.ledger import Ledger, trial_account
 from budgets.money import MICROS, usd
-from sweep import records, rungs, space, tables, triage
+from sweep import endgame, pricing, records, rungs, space, tables, triage
 from sweep.apply import apply
 from sweep.errors import BudgetError, DiskError, Interrupted, WorkerError
 from sweep.instruct import Instructor
@@ -26,20 +26,34 @@ from sweep.store import Store
 from sweep.study import Memory
 from sweep.triage import Funds
 from sweep.workers import Workers
-from trainers.messages import BaseEvaluated, Evaluated, Event, Ready, Release, Slice, Stop, TrialConfig
+from trainers.messages import BaseEvaluated, Evaluated, Event, Ready, Release, Slice, Stop
 
 POLL_SECONDS = 0.02
 STOP_MS = 25_000  # a worker that is told to stop has this long to checkpoint
-SILENCE_MS = 60_000  # without a report for this long (or three tails) a worker's next slice is not paid
+SILENCE_MS = 15_000  # without a report for this long (or three tails, or six usual gaps) the next slice is not paid
+LATE_MS = 5_000  # a worker that lives so long beyond its paid time has no watchdog that works
 MAX_DEATHS = 3  # workers that die in a row without training anything
 MAX_REFUSED = 2  # trials asked in a row that could not be paid
+
+
+@dataclass
+class Stopping:
+    """What Ctrl-C sets."""
+
+    asked: bool = False
 
 
 class Sweep:
     """Drives one study to its end. The caller holds the right to (Store.drive) and has raised the fence."""
 
     def __init__(
-        self, store: Store, name: str, launcher: Launcher, memory: Memory, notify: Callable[[], None] = lambda: None
+        self,
+        store: Store,
+        name: str,
+        launcher: Launcher,
+        memory: Memory,
+        stopping: Stopping,
+        notify: Callable[[], None] = lambda: None,
     ) -> None:
         """`notify` is called after every step that changed something; it must not raise."""
         self.store = store
@@ -52,7 +66,7 @@ class Sweep:
             self.projector = projector_of(self.study, connection)
         self.workers = Workers(store, self.study, launcher, self.projector)
         self.instructor = Instructor(launcher, self.projector.plan)
-        self.interrupted = False
+        self.asked_to = stopping
         self._stopping = False
         self._refused = 0
         self._deaths = 0
@@ -61,6 +75,11 @@ class Sweep:
         self._first_step = True
         self._gap_ms = 0  # the longest recent silence between two reports
         self._lengths = self.workers.lengths()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the user asked to stop."""
+        return self.asked_to.asked
 
     def run(self) -> None:
         """Steps until nothing runs and nothing more is affordable or worth its price.
@@ -87,6 +106,7 @@ class Sweep:
 
     def step(self) -> bool:
         """One step of the loop; returns whether anything changed."""
+        self._reprice()
         changed = self._settle() or self._first_step
         if changed or self.interrupted:
             self._judge()
@@ -100,6 +120,21 @@ class Sweep:
         return changed
 
     # Settle
+
+    def _reprice(self) -> None:
+        """Puts the study, and its living worker, under a price that was changed since the last look."""
+        with self.store.read() as connection:
+            micros, ceiling, boot_id, boot_ms = pricing.newest(connection, self.name)
+        if not micros or (micros, ceiling) == (self.study.tariff.now, self.study.tariff.ceiling):
+            return
+        worker = self._worker()
+        with self.store.write() as connection:
+            self.study = self.workers.study = records.study(connection, self.name)
+            if worker is not None:
+                self.workers.reprice(connection, worker, self._lengths, said_at=(boot_id, boot_ms))
+        worker = self._worker()
+        if worker is not None:
+            self.launcher.send(Path(worker.folder), self._slice(worker))
 
     def _settle(self) -> bool:
         """Applies the next event, pays for the next slice when it is due, sees a dead worker out."""
@@ -123,6 +158,9 @@ class Sweep:
         if over:
             self._bury(worker)
             return True
+        if self.study.timings is None and self.workers.now_ms(worker) > worker.paid_ms + LATE_MS:
+            self.launcher.stop(folder)  # its watchdog is stopped or hangs: nobody else ends it
+            return False
         if not self._stopping and not worker.final and self._renewal_due(worker):
             renewed = self.workers.renew(worker, self._lengths)
             self.launcher.send(folder, self._slice(renewed))
@@ -143,7 +181,8 @@ class Sweep:
 
     def _renewal_due(self, worker: WorkerRow) -> bool:
         now, lengths = self.workers.now_ms(worker), self._lengths
-        if now - worker.at_ms > max(SILENCE_MS, 3 * lengths.tail, lengths.load if worker.state != "ready" else 0):
+        loading = lengths.load if worker.state != "ready" else 0
+        if now - worker.at_ms > max(SILENCE_MS, 3 * lengths.tail, 6 * self._gap_ms, loading):
             return False  # alive is not enough: a hung worker's time is not paid on
         # Early enough that the worker, which ends before a step that would pass work_ms, never has to.
         return worker.work_ms - now < lengths.slice * 2 // 3
@@ -271,8 +310,20 @@ class Sweep:
             trials, results = self._trials()
             if sum(t.state in records.RUNNING for t in trials) >= self.study.spec.search.live:
                 break
-            if not (self._wake(trials, results) or self._ask(trials, results) or self._finish(trials, results)):
+            if not (
+                self._wake(trials, results)
+                or self._ask(trials, results)
+                or self._finish(trials, results)
+                or (not any(t.state in records.RUNNING for t in trials) and self._begin_endgame())
+            ):
                 break
+
+    def _begin_endgame(self) -> bool:
+        """When the search has no more to spend, the reserve goes to the best that is left; False if there is none."""
+        with self.store.write() as connection:
+            freed = endgame.begin(connection, self.study)
+            self.study = self.workers.study = records.study(connection, self.name)
+        return freed > 0
 
     def _seat(self) -> None:
         """Gives free slots to those who wait longest and tells the worker, before anything slower is done."""
@@ -297,10 +348,13 @@ class Sweep:
             with self.store.read() as connection:
                 if not records.workers(connection, self.name):
                     raise  # the very first slice does not fit the cap: nothing was held
-            self._stopping = True
+            self._park()
+            self._stopping = not self._begin_endgame()
 
     def _wake(self, trials: list[TrialRow], results: Results) -> bool:
         trial = rungs.promotable(trials, results, self.study.spec.search.eta)
+        if self.study.phase != "search":
+            return False
         return trial is not None and self._promote(trial, trials, results, "promoted")
 
     def _finish(self, trials: list[TrialRow], results: Results) -> bool:
@@ -336,19 +390,21 @@ class Sweep:
     def _ask(self, trials: list[TrialRow], results: Results) -> bool:
         """Asks for a new trial; True if there is one more to consider."""
         search = self.study.spec.search
-        if self._refused >= MAX_REFUSED or (search.trials is not None and len(trials) >= search.trials):
+        if self.study.phase != "search" or self._refused >= MAX_REFUSED:
+            return False
+        if search.trials is not None and len(trials) >= search.trials:
             return False
         number = len(trials)
         # If not even the cheapest configuration can be paid, nothing is asked.
         examples, seed = self.projector.plan.examples, self.study.spec.seed
         cheapest = [space.typical(method, search, examples, seed, number) for method in search.method]
-        if not any(self._affordable(self._newcomer(config), trials, results) for config in cheapest):
+        if not any(self._affordable(records.newcomer(config), trials, results) for config in cheapest):
             return False
         paused = {t.number: t.rung for t in trials if t.state == "paused"}
         diverged = {t.number for t in trials if t.diverged}
         _, chosen = self.memory.ask(number, lambda trial: space.suggest(trial, search), paused, diverged)
         config = space.config(number, chosen, search, examples, seed)
-        affordable = self._affordable(self._newcomer(config), trials, results)
+        affordable = self._affordable(records.newcomer(config), trials, results)
         with self.store.write() as connection:
             records.add_trial(connection, self.name, config, self._next_turn(trials))
             records.note(connection, self.name, "asked", f"trial {number}: {space.describe(config)}", number)
@@ -357,35 +413,11 @@ class Sweep:
         else:
             self._refused += 1
             money = self._funds(trials, results)
-            end = usd(money.cost(self.projector.to_end(self._newcomer(config)).mean))
+            end = usd(money.cost(self.projector.to_end(records.newcomer(config)).mean))
             left = usd(max(money.left_now, 0))
             reason = f"not started: its end is forecast at {end}, with {left} left for it and those under way"
-            self._end(self._newcomer(config), "pruned", reason)
+            self._end(records.newcomer(config), "pruned", reason)
         return True
-
-    @staticmethod
-    def _newcomer(config: TrialConfig) -> TrialRow:
-        """A trial that was just asked, as its row will be."""
-        return TrialRow(
-            number=config.number,
-            config=config,
-            state="waiting",
-            target=0,
-            rung=-1,
-            step=0,
-            tokens=0,
-            loss=None,
-            full_loss=None,
-            train_loss=None,
-            checkpoint=None,
-            checkpoint_tokens=0,
-            reason="",
-            diverged=False,
-            turn=0,
-            slot=None,
-            attempt=None,
-            told=False,
-        )
 
     @staticmethod
     def _slot_free(worker: WorkerRow, trial: TrialRow, trials: list[TrialRow]) -> bool:
@@ -424,7 +456,7 @@ class Sweep:
     def _stop_if_done(self, worker: WorkerRow, trials: list[TrialRow]) -> None:
         idle = not any(t.state in records.RUNNING or t.slot == worker.id for t in trials)
         # On recorded timings no clock ends the final slice, so we do.
-        used_up = self.study.spec.machine.timings is not None and worker.final and worker.at_ms >= worker.work_ms
+        used_up = self.study.timings is not None and worker.final and worker.at_ms >= worker.work_ms
         if self._stopping or not (self.interrupted or idle or used_up):
             return
         if self.launcher.send(Path(worker.folder), Stop(fence=self.study.fence, within_ms=STOP_MS)):

@@ -9,6 +9,7 @@ from typing import Any
 from budgets.forecast import Seconds
 from budgets.money import affordable_ms, cost_micros
 from sweep import space
+from sweep.pricing import Quote
 from sweep.projection import Plan, Projector
 from sweep.spec import Method, SearchSpec, Spec
 
@@ -51,7 +52,11 @@ class Outline:
     """What `launch` shows before it asks."""
 
     cap: int
+    reserve: int
     micros_per_hour: int
+    unit: str
+    minimum_seconds: float  # the least that the provider bills, and what it rounds up to
+    quantum_seconds: float
     seconds: float  # of machine time that the cap pays for
     plan: Plan
     first_rung: int  # micro-dollars to bring one LoRA (or else full) trial to its first decision
@@ -62,11 +67,11 @@ class Outline:
         return asdict(self)
 
 
-def outline(spec: Spec, facts: dict[str, Any], micros_per_hour: int) -> Outline:
+def outline(spec: Spec, facts: dict[str, Any], quote: Quote) -> Outline:
     """Forecasts from priors what the cap buys. Nothing was measured yet, so intervals are wide."""
     lengths = Plan(**{**facts["plan"], "rungs": tuple(facts["plan"]["rungs"])})
-    projector = Projector(lengths, facts["parameters"], facts["device"], facts["cores"])
-    cap = spec.budget.cap
+    projector = Projector(lengths, facts["parameters"], facts["device"], facts["cores"], quote.unit)
+    cap, micros_per_hour = spec.budget.cap, quote.tariff.now
 
     def price(seconds: float) -> int:
         return cost_micros(micros_per_hour, round(1000 * seconds))
@@ -78,4 +83,15 @@ def outline(spec: Spec, facts: dict[str, Any], micros_per_hour: int) -> Outline:
         runs.append(Run(method, price(whole.mean), price(whole.low), price(whole.high), cap // price(whole.mean)))
         rung = projector.train(config, lengths.until(0) or lengths.run_tokens).mean
         first = min(first or price(rung), price(rung))
-    return Outline(cap, micros_per_hour, affordable_ms(micros_per_hour, cap) / 1000, lengths, first, runs)
+    return Outline(
+        cap=cap,
+        reserve=spec.budget.reserve,
+        micros_per_hour=micros_per_hour,
+        unit=quote.unit,
+        minimum_seconds=quote.tariff.minimum_ms / 1000,
+        quantum_seconds=quote.tariff.quantum_ms / 1000,
+        seconds=affordable_ms(micros_per_hour, cap) / 1000,
+        plan=lengths,
+        first_rung=first,
+        runs=runs,
+    )

@@ -10,6 +10,7 @@ from sqlalchemy import Connection
 
 from budgets.forecast import NOTHING, Forecast, Seconds, Work, flops_per_token
 from sweep import records
+from sweep.pricing import SECONDS_A_TOKEN
 from sweep.records import Study, TrialRow
 from trainers.messages import TrialConfig
 
@@ -19,6 +20,7 @@ PRIOR_FLOPS = {"H200": 1.5e14, "H100": 1.5e14, "B200": 2.5e14, "A100": 8e13, "L4
 OTHER_GPU_FLOPS = 3e13
 CORE_FLOPS = 5e10
 DISK_BYTES_PER_SECOND = 4e8
+FREE = 1e-6  # seconds of what costs nothing where tokens are paid for
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,13 @@ def plan(facts: dict[str, Any]) -> Plan:
 class Projector:
     """Forecasts for one study on one machine; learns from every measurement that it is shown."""
 
-    def __init__(self, plan: Plan, parameters: int, device: str, cores: int) -> None:
+    def __init__(self, plan: Plan, parameters: int, device: str, cores: int, unit: str = "hour") -> None:
+        """`unit` Mtok: the meter runs on tokens (sweep/pricing.py), so what a token takes is known."""
         self.plan = plan
         self.parameters = parameters
         self.forecast = Forecast()
         known = (speed for name, speed in PRIOR_FLOPS.items() if name in device.upper())
+        self._metered_by_token = unit == "Mtok"
         self._flops = CORE_FLOPS * cores if device in {"cpu", "replay"} else next(known, OTHER_GPU_FLOPS)
 
     def observe_evaluation(self, config: TrialConfig, row: Any) -> None:
@@ -125,22 +129,25 @@ class Projector:
             "rank": (config.rank or 0) / 64,
         }
         prior = flops_per_token(self.parameters, config.method) / self._flops
+        prior = SECONDS_A_TOKEN if self._metered_by_token else prior
         return Work("train", prior, features, owner=str(config.number))
 
     def _evaluate(self) -> Work:
-        return Work("evaluate", 2.0 * self.parameters / self._flops)
+        prior = SECONDS_A_TOKEN if self._metered_by_token else 2.0 * self.parameters / self._flops
+        return Work("evaluate", prior)
 
     def _piece(self, kind: str, method: str) -> Work:
         full = method == "full"
         state = 14.0 * self.parameters / DISK_BYTES_PER_SECOND if full else 0.1
         prior = 8.0 + 4.0 * self.parameters / DISK_BYTES_PER_SECOND if kind == "load" else 0.1 + state
+        prior = FREE if self._metered_by_token else prior
         return Work(kind, prior, {"full": float(full)})
 
 
 def projector_of(study: Study, connection: Connection) -> Projector:
     """Builds the forecasts of a study from everything that was measured."""
     facts = study.facts
-    projector = Projector(plan(facts), facts["parameters"], facts["device"], facts["cores"])
+    projector = Projector(plan(facts), facts["parameters"], facts["device"], facts["cores"], study.unit)
     configs = {t.number: t.config for t in records.trials(connection, study.name)}
     for row in records.evaluations(connection, study.name):
         projector.observe_evaluation(configs[row.trial], row)

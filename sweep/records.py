@@ -6,10 +6,12 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Table, select, update
+from sqlalchemy import Connection, Table, func, select, update
 
+from budgets.tariff import Tariff
 from sweep import clock, tables
 from sweep.errors import NotFoundError
 from sweep.spec import Spec
@@ -17,6 +19,7 @@ from trainers.messages import TrialConfig
 
 RUNNING = ("waiting", "live", "judging")
 ENDED = ("completed", "pruned", "failed")
+TOKEN_METER = "token_meter.json"  # in the study's folder: one ms a token, so to say (sweep/launch.py)
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,20 @@ class Study:
     fence: int
     folder: str
     micros_per_hour: int
+    tariff: Tariff  # what new workers are paid by
+    unit: str
+    phase: str
     base_loss: float | None
     base_rung_loss: float | None
     created_unix_ms: int
     outcome: str
     last_boot_ms: int | None
     boot_id: str | None
+
+    @property
+    def timings(self) -> str | None:
+        """The file that the workers' meters run on, if it is not the clock: recorded seconds, or tokens."""
+        return str(Path(self.folder) / TOKEN_METER) if self.unit == "Mtok" else self.spec.machine.timings
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,7 @@ class WorkerRow:
     slice: int
     final: bool
     micros_per_hour: int
+    tariff: Tariff
     origin_boot_ms: int
     boot_id: str
     paid_ms: int
@@ -103,6 +115,7 @@ def study(connection: Connection, name: str) -> Study:
     values = dict(row)
     values["spec"] = Spec.model_validate(json.loads(values["spec"]))
     values["facts"] = json.loads(values["facts"])
+    values["tariff"] = _tariff(row)
     return Study(**values)
 
 
@@ -134,14 +147,49 @@ def workers(connection: Connection, name: str, *, living: bool = False) -> list[
         values = {key: row[key] for key in row if key != "study"}
         for key in ("settled_usage", "usage", "slots"):
             values[key] = json.loads(row[key])
-        found.append(WorkerRow(**(values | {"final": bool(row["final"])})))
+        found.append(WorkerRow(**(values | {"final": bool(row["final"]), "tariff": _tariff(row)})))
     return found
 
 
+def _tariff(row: Any) -> Tariff:
+    """What was stored before tariffs were is a single price."""
+    return Tariff.flat(row["micros_per_hour"]) if row["tariff"] is None else Tariff.loads(row["tariff"])
+
+
 def evaluations(connection: Connection, name: str) -> Sequence[Any]:
-    """All evaluations of a study, in the order of trial and rung."""
+    """All evaluations of a study, in the order in which they arrived."""
     query = select(tables.evaluation).where(tables.evaluation.c.study == name)
-    return connection.execute(query.order_by(tables.evaluation.c.trial, tables.evaluation.c.rung)).all()
+    return connection.execute(query.order_by(tables.evaluation.c.ordinal)).all()
+
+
+def next_evaluation(connection: Connection, name: str) -> int:
+    """The ordinal of the next evaluation of a study."""
+    newest = select(func.coalesce(func.max(tables.evaluation.c.ordinal), 0)).where(tables.evaluation.c.study == name)
+    return int(connection.execute(newest).scalar_one()) + 1
+
+
+def newcomer(config: TrialConfig) -> TrialRow:
+    """A trial that was just asked, as its row will be."""
+    return TrialRow(
+        number=config.number,
+        config=config,
+        state="waiting",
+        target=0,
+        rung=-1,
+        step=0,
+        tokens=0,
+        loss=None,
+        full_loss=None,
+        train_loss=None,
+        checkpoint=None,
+        checkpoint_tokens=0,
+        reason="",
+        diverged=False,
+        turn=0,
+        slot=None,
+        attempt=None,
+        told=False,
+    )
 
 
 def add_trial(connection: Connection, name: str, config: TrialConfig, turn: int) -> None:
@@ -158,14 +206,17 @@ def set_trial(connection: Connection, name: str, number: int, **values: Any) -> 
 
 
 def set_worker(connection: Connection, identifier: str, **values: Any) -> None:
-    """Updates columns of one worker; dictionaries are stored as JSON."""
-    values = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()}
-    _one(connection, tables.worker, tables.worker.c.id == identifier, values)
+    """Updates columns of one worker; dictionaries and tariffs are stored as JSON."""
+    _one(connection, tables.worker, tables.worker.c.id == identifier, {k: _plain(v) for k, v in values.items()})
+
+
+def _plain(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, dict) else value.dumps() if isinstance(value, Tariff) else value
 
 
 def set_study(connection: Connection, name: str, **values: Any) -> None:
     """Updates columns of one study."""
-    _one(connection, tables.study, tables.study.c.name == name, values)
+    _one(connection, tables.study, tables.study.c.name == name, {k: _plain(v) for k, v in values.items()})
 
 
 def _one(connection: Connection, table: Table, where: Any, values: dict[str, Any]) -> None:

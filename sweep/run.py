@@ -5,19 +5,24 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from budgets.ledger import CapTooLow, Ledger
+from budgets.ledger import Balances, CapTooLow, HoldClosed, HoldsOpen, Ledger
 from budgets.money import usd
 from sweep import records
 from sweep.audit import violations
-from sweep.errors import InvariantError, UsageError
+from sweep.errors import InvariantError, StoreUnavailableError, StudyBusyError, UsageError
 from sweep.launchers.local import LocalLauncher
-from sweep.loop import Sweep
+from sweep.loop import Stopping, Sweep
+from sweep.records import Study
 from sweep.store import Store
 from sweep.study import Memory
+
+RETRY_SECONDS = (0.5, 1, 2, 4, 8)  # between two tries while the database is out of reach
+CALM_SECONDS = 300.0  # a run that lasted this long starts the count anew
 
 
 def take(store: Store, name: str, cap: int | None = None) -> None:
@@ -42,7 +47,9 @@ def take(store: Store, name: str, cap: int | None = None) -> None:
                 balances = ledger.balances()
                 raise UsageError(
                     f"{usd(cap)} is under the {usd(balances.spent + balances.held)} that is spent and held already"
+                    + (f" and the reserve of {usd(balances.reserve)}" if balances.reserve else "")
                 ) from error
+            records.set_study(connection, name, phase="search")  # there is money to ask for more
             records.note(connection, name, "cap", f"the cap is {usd(cap)} now")
 
 
@@ -54,25 +61,67 @@ def drive(store: Store, name: str, notify: Callable[[], None]) -> None:
     """
     with store.read() as connection:
         study = records.study(connection, name)
-    memory = Memory(store, name, study.spec.seed)
+    stopping = Stopping()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if stopping.asked:
+            sys.stderr.write(f"\nleft at once; the worker ends with its paid slice. Resume: sweep resume {name}\n")
+            sys.stderr.flush()
+            os._exit(130)
+        stopping.asked = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        sweep = Sweep(store, name, LocalLauncher(), memory, notify)
+        _patiently(lambda: _run(store, study, stopping, notify))
+    except HoldClosed as error:
+        raise StudyBusyError(f"another orchestrator took study {name} over: {error}", "leave it to that one") from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-        def stop(number: int, frame: FrameType | None) -> None:
-            if sweep.interrupted:
-                sys.stderr.write(f"\nleft at once; the worker ends with its paid slice. Resume: sweep resume {name}\n")
-                sys.stderr.flush()
-                os._exit(130)
-            sweep.interrupted = True
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            sweep.run()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+def _run(store: Store, study: Study, stopping: Stopping, notify: Callable[[], None]) -> None:
+    memory = Memory(store, study.name, study.spec.seed)
+    try:
+        Sweep(store, study.name, LocalLauncher(), memory, stopping, notify).run()
     finally:
         memory.close()
+
+
+def _patiently(run: Callable[[], None]) -> None:
+    """Runs; starts afresh from the tables, a few times, when the database was out of reach for a moment.
+
+    Nothing is lost by it: whatever was under way either is in the tables or is repeated under the same id. The worker
+    trains on meanwhile, as far as it is paid. Raises the last StoreUnavailableError.
+    """
+    for pause in RETRY_SECONDS:
+        started = time.monotonic()
+        try:
+            return run()
+        except StoreUnavailableError as error:
+            sys.stderr.write(f"{error}; trying again in {pause:g} s\n")
+            time.sleep(pause)
+            if time.monotonic() - started > CALM_SECONDS:
+                return _patiently(run)  # that was another trouble
+    return run()
+
+
+def reconcile(store: Store, name: str, bill_micros: int, note: str) -> tuple[int, Balances]:
+    """Brings a study's books in line with a bill; returns the bill less what was charged, and the balances after.
+
+    Raises NotFoundError, UsageError while a worker was not settled.
+    """
+    with store.write() as connection:
+        records.study(connection, name)
+        ledger = Ledger(connection, name)
+        words = f"bill of {usd(bill_micros)}" + (f": {note}" if note else "")
+        try:
+            difference = ledger.reconcile(bill_micros, note=words)
+        except HoldsOpen as error:
+            raise UsageError(str(error), f"end it first, or: sweep resume {name}") from error
+        if difference:
+            records.note(connection, name, "bill", f"{words}; it differs by {usd(difference)} from what was charged")
+        return difference, ledger.balances()
 
 
 def close(store: Store, name: str) -> int:
@@ -97,5 +146,6 @@ def close(store: Store, name: str) -> int:
             memory.close()
         with store.write() as connection:
             records.set_study(connection, name, state="closed")
+            Ledger(connection, name).release("close", note="the study was closed")
             records.note(connection, name, "closed", f"closed; {len(parked)} paused trials were told as pruned")
     return len(parked)

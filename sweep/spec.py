@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from budgets.money import MICROS, MoneyError, parse_rate, parse_usd
+from budgets.money import MICROS, MoneyError, Rate, parse_rate, parse_usd
 from sweep.errors import SpecError
 
 Method = Literal["lora", "full"]
@@ -30,8 +30,15 @@ def _listed(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
+def _rate(value: Any) -> Rate:
+    rate = value if isinstance(value, Rate) else parse_rate(value)
+    if rate.micros <= 0:
+        raise MoneyError(f"a price must be positive, not {value}")
+    return rate
+
+
 Usd = Annotated[int, BeforeValidator(parse_usd), Field(gt=0), PlainSerializer(_exact)]
-HourlyRate = Annotated[int, BeforeValidator(parse_rate), Field(gt=0), PlainSerializer(lambda m: f"{_exact(m)}/hour")]
+MachinePrice = Annotated[Rate, BeforeValidator(_rate), PlainSerializer(str)]
 T = typing.TypeVar("T")
 Choices = Annotated[tuple[T, ...], BeforeValidator(_listed), Field(min_length=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -51,11 +58,17 @@ class DataSpec(_Section):
 
 
 class MachineSpec(_Section):
-    """What is rented, and when its meter runs."""
+    """What is rented, what it costs, and when its meter runs."""
 
     gpu: str | None = None  # looked up in the price list
     provider: str | None = None
-    price: HourlyRate | None = None  # wins over the list
+    gpu_count: int = Field(default=1, ge=1)  # of the machine that is rented
+    price: MachinePrice | None = None  # wins over the list: $1.29/hour, $0.32/kWh with watts, or $0.48/Mtok
+    watts: int | None = Field(default=None, ge=1)  # what your own machine draws, for a price a kWh
+    market: Literal["on_demand", "spot"] = "on_demand"
+    on_demand: MachinePrice | None = None  # a spot machine's ceiling: holds are made at it
+    minimum_seconds: int | None = Field(default=None, ge=0)  # the least that is billed; None: as listed, else nothing
+    quantum_seconds: int | None = Field(default=None, ge=1)  # what is billed is a multiple; None: as listed, else exact
     billed_from: Literal["launch", "boot"] = "launch"
     stop_command: str | None = None
     device: str = "auto"
@@ -66,13 +79,29 @@ class MachineSpec(_Section):
     def _priced(self) -> MachineSpec:
         if self.gpu is None and self.price is None:
             raise ValueError("needs `gpu` (a listed one, see `sweep prices`) or `price` (such as $1.29/hour)")
+        unit = self.price.unit if self.price else "hour"
+        if (unit == "kWh") != (self.watts is not None):
+            raise ValueError("a price a kWh needs `watts`, what the machine draws, and `watts` needs a price a kWh")
+        if self.on_demand is not None and (self.market != "spot" or self.on_demand.unit != "hour"):
+            raise ValueError("`on_demand` is the hourly ceiling of a spot machine's price; it needs market: spot")
+        if self.market == "spot" and (unit != "hour" or (self.gpu is None and self.on_demand is None)):
+            raise ValueError("market: spot needs `on_demand`, the ceiling of its price, or a listed `gpu`")
+        if unit == "Mtok" and (self.timings or self.minimum_seconds or self.quantum_seconds):
+            raise ValueError("a price a million tokens has no timings, minimum_seconds or quantum_seconds")
         return self
 
 
 class BudgetSpec(_Section):
-    """The hard cap over everything the study spends."""
+    """The hard cap over everything the study spends, and what of it the search must leave."""
 
     cap: Usd
+    reserve: Annotated[int, BeforeValidator(parse_usd), Field(ge=0), PlainSerializer(_exact)] = 0  # for the endgame
+
+    @model_validator(mode="after")
+    def _something_to_search_with(self) -> BudgetSpec:
+        if self.reserve >= self.cap:
+            raise ValueError(f"a reserve of {_exact(self.reserve)} leaves nothing of {_exact(self.cap)} to search with")
+        return self
 
 
 class RangeSpec(_Section):

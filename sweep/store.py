@@ -2,14 +2,17 @@
 
 SQLite runs in WAL with synchronous=FULL (money survives a power cut) and every transaction begins IMMEDIATE: a
 deferred one that reads and then writes fails at once with SQLITE_BUSY_SNAPSHOT, whatever the timeout (SQLAlchemy's
-sqlite dialect documentation describes the two events). PostgreSQL runs as it is, READ COMMITTED, because the ledger's
-check stands in the UPDATE itself.
+sqlite dialect documentation describes the two events). WAL needs shared memory, so a file on a network file system is
+refused. PostgreSQL (14 or newer) runs READ COMMITTED, because the ledger's check stands in the UPDATE itself; waits and
+idle transactions are bounded there. A lost connection during COMMIT leaves the outcome unknown, and says so: what was
+written by id can be repeated safely.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import sqlite3
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,13 +20,30 @@ from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, select, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
+from sqlalchemy.schema import CreateColumn
 
 from budgets import schema as ledger_tables
 from sweep import tables
-from sweep.errors import NotFoundError, StoreError, StudyBusyError
+from sweep.errors import NotFoundError, OutcomeUnknownError, StoreError, StoreUnavailableError, StudyBusyError
 
 DEFAULT_STORAGE = "sqlite:///studies.db"
-BUSY_MS = 30_000
+BUSY_MS = 30_000  # how long a transaction waits for another's lock
+IDLE_MS = 60_000  # how long PostgreSQL lets a transaction stand open while its client does nothing
+NETWORK_FILE_SYSTEMS = {
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "smbfs",
+    "9p",
+    "afs",
+    "ceph",
+    "fuse.sshfs",
+    "glusterfs",
+    "lustre",
+}
+# SQLSTATE classes that pass by themselves: connection lost, serialization or deadlock, lock timeout, server going down.
+PASSING = ("08", "40", "55P03", "57P", "25P03")
 
 
 def _m001_first_tables(connection: Connection) -> None:
@@ -31,7 +51,32 @@ def _m001_first_tables(connection: Connection) -> None:
     tables.metadata.create_all(connection)
 
 
-MIGRATIONS: list[Callable[[Connection], None]] = [_m001_first_tables]
+def _m002_tariffs_and_guards(connection: Connection) -> None:
+    """Prices that change, billing quanta, forecasts in the order of their measurements, guards on holds."""
+    _m001_first_tables(connection)
+    _add_missing_columns(connection)
+    connection.execute(
+        text(
+            "UPDATE sweep_evaluation SET ordinal = (SELECT count(*) FROM sweep_evaluation AS e WHERE"
+            " e.study = sweep_evaluation.study AND (e.trial < sweep_evaluation.trial OR"
+            " (e.trial = sweep_evaluation.trial AND e.rung <= sweep_evaluation.rung))) WHERE ordinal = 0"
+        )
+    )
+    ledger_tables.guard(connection)
+
+
+def _add_missing_columns(connection: Connection) -> None:
+    inspected = inspect(connection)
+    for table in [*ledger_tables.metadata.sorted_tables, *tables.metadata.sorted_tables]:
+        known = {column["name"] for column in inspected.get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in known:
+                definition = CreateColumn(column).compile(dialect=connection.dialect)
+                connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {definition}")
+
+
+# A new database runs them all; each one leaves alone what is there already.
+MIGRATIONS: list[Callable[[Connection], None]] = [_m001_first_tables, _m002_tariffs_and_guards]
 
 
 class Store:
@@ -45,6 +90,8 @@ class Store:
             raise StoreError(f"{url!r} is not a database URL", "write it as sqlite:///studies.db") from error
         if self.is_sqlite and not create and not self.path.exists():
             raise NotFoundError(f"there is no database {self.path}", "name it with --storage, or launch a study first")
+        if self.is_sqlite:
+            refuse_network_file_system(self.path)
         try:
             self.engine = create_engine(self.url)
         except (NoSuchModuleError, ModuleNotFoundError) as error:
@@ -53,10 +100,11 @@ class Store:
             ) from error
         if self.is_sqlite:
             begin_immediate(self.engine)
+        else:
+            bound_waits(self.engine)
         with _explained(self.url):
-            if create:
-                self._migrate()
-            self._check_version()
+            self._open(create)
+        self._file = self._identity()
 
     @property
     def is_sqlite(self) -> bool:
@@ -75,9 +123,40 @@ class Store:
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Connection]:
-        """A transaction that commits at the end. Raises StoreError when the database is busy or gone."""
-        with _explained(self.url), self.engine.begin() as connection:
-            yield connection
+        """A transaction that commits at the end.
+
+        Raises StoreUnavailableError when the database is busy or cannot be reached, OutcomeUnknownError when it was
+        lost during COMMIT, StoreError when it is gone.
+        """
+        if self._identity() != self._file:
+            # SQLite would go on writing to the deleted file, and its money with it.
+            raise StoreError(
+                f"{self.path} was deleted or replaced while it was in use", "put it back, then sweep resume"
+            )
+        with _explained(self.url), self.engine.connect() as connection:
+            transaction = connection.begin()
+            try:
+                yield connection
+            except BaseException:
+                transaction.rollback()
+                raise
+            try:
+                transaction.commit()
+            except DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+                raise OutcomeUnknownError(
+                    f"{self.url.render_as_string()} was lost during COMMIT: the last change is there or it is not",
+                    "run sweep resume; it repeats what is missing and nothing else",
+                ) from error
+
+    def _identity(self) -> tuple[int, int] | None:
+        """Which file the SQLite database is; None if there is none, or no file."""
+        try:
+            found = self.path.stat() if self.is_sqlite else None
+        except FileNotFoundError:
+            return None
+        return (found.st_dev, found.st_ino) if found else None
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
@@ -109,8 +188,24 @@ class Store:
                 connection.commit()
             yield
 
+    def _open(self, create: bool) -> None:
+        """Brings the tables up to date. Raises NotFoundError for an empty database unless `create`, StoreError."""
+        with self.engine.connect().execution_options(read_only=True) as connection:
+            version = self._version(connection)
+        if version == 0 and not create:
+            raise NotFoundError(f"{self.url.render_as_string()} holds no studies of ours", "launch a study first")
+        if version > len(MIGRATIONS):
+            raise StoreError(
+                f"{self.url.render_as_string()} has schema version {version}, this program knows {len(MIGRATIONS)}",
+                "use the program version that wrote it, or a newer one",
+            )
+        if version < len(MIGRATIONS):
+            self._migrate()
+
     def _migrate(self) -> None:
         with self.engine.begin() as connection:
+            if not self.is_sqlite:  # there a transaction holds the write lock from its first statement on
+                connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('sweep:migrate'))"))
             done = self._version(connection)
             for version in range(done + 1, len(MIGRATIONS) + 1):
                 MIGRATIONS[version - 1](connection)
@@ -121,17 +216,6 @@ class Store:
             return 0
         versions = connection.execute(select(tables.schema.c.version)).scalars().all()
         return max(versions, default=0)
-
-    def _check_version(self) -> None:
-        with self.engine.begin() as connection:
-            version = self._version(connection)
-        if version == 0:
-            raise NotFoundError(f"{self.url.render_as_string()} holds no studies of ours", "launch a study first")
-        if version != len(MIGRATIONS):
-            raise StoreError(
-                f"{self.url.render_as_string()} has schema version {version}, this program knows {len(MIGRATIONS)}",
-                "use the program version that wrote it, or a newer one",
-            )
 
 
 def begin_immediate(engine: Engine) -> None:
@@ -155,6 +239,36 @@ def begin_immediate(engine: Engine) -> None:
         connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
 
 
+def bound_waits(engine: Engine) -> None:
+    """Bounds on every PostgreSQL connection how long it waits for a lock and how long it may stand idle in one."""
+
+    @event.listens_for(engine, "connect")
+    def _connect(connection: Any, _: Any) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute(f"SET lock_timeout = {BUSY_MS}")
+            cursor.execute(f"SET idle_in_transaction_session_timeout = {IDLE_MS}")
+            cursor.execute("SET synchronous_commit = on")
+        connection.commit()
+
+
+def refuse_network_file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) -> None:
+    """Raises StoreError if `path` is on a file system that several machines share; without /proc nothing is known."""
+    if not mounts.exists():
+        return
+    place = path.absolute().parent.resolve()
+    best, kind = Path(), ""
+    for line in mounts.read_text().splitlines():
+        _, mounted, type_, *_ = line.split()
+        point = Path(mounted.replace("\\040", " "))
+        if place.is_relative_to(point) and len(point.parts) >= len(best.parts):
+            best, kind = point, type_
+    if kind in NETWORK_FILE_SYSTEMS:
+        raise StoreError(
+            f"{path} is on a network file system ({kind}), where SQLite can lose money",
+            "keep it on a local disk, or use --storage postgresql+psycopg://...",
+        )
+
+
 def _busy(study: str) -> StudyBusyError:
     return StudyBusyError(
         f"another orchestrator drives study {study}", f"watch it with `sweep status {study}`, or end it first"
@@ -167,9 +281,22 @@ def _explained(url: URL) -> typing.Iterator[None]:
         yield
     except OperationalError as error:
         reason = str(error.orig).strip().splitlines()[0]
-        hint = "the disk is full" if "full" in reason else "try again; nothing was lost"
+        if _passes(error):
+            raise StoreUnavailableError(f"{url.render_as_string()}: {reason}", "try again; nothing was lost") from error
+        hint = "free some space; nothing was lost" if "full" in reason else "nothing was lost"
         raise StoreError(f"{url.render_as_string()}: {reason}", hint) from error
     except DBAPIError as error:
         if error.connection_invalidated:
-            raise StoreError(f"{url.render_as_string()}: the connection was lost", "run sweep resume") from error
+            message = f"{url.render_as_string()}: the connection was lost"
+            raise StoreUnavailableError(message, "run sweep resume") from error
         raise
+
+
+def _passes(error: OperationalError) -> bool:
+    """Whether the same transaction may succeed a moment later."""
+    if error.connection_invalidated:
+        return True
+    if isinstance(error.orig, sqlite3.Error):
+        return error.orig.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+    state = getattr(error.orig, "sqlstate", None)
+    return state is None or state.startswith(PASSING)

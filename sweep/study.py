@@ -12,14 +12,16 @@ import contextlib
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import optuna
 from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage, get_storage
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import OperationalError
 
+from sweep.errors import StoreUnavailableError
 from sweep.store import Store, begin_immediate
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -38,22 +40,35 @@ class _ViewedStudy(optuna.Study):
         return [trial for trial in shown if states is None or trial.state in states]
 
 
+@contextlib.contextmanager
+def _reachable() -> Iterator[None]:
+    """Optuna's words for a database that is out of reach become ours."""
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, OperationalError) as error:
+        cause = error.__cause__ or error
+        reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
+        raise StoreUnavailableError(f"the sampler's tables: {reason}", "try again; nothing was lost") from error
+
+
 class Memory:
     """One Optuna study, driven by ask and tell."""
 
     def __init__(self, store: Store, name: str, seed: int) -> None:
-        rdb = RDBStorage(store.optuna_url)
-        if store.is_sqlite:
-            # Optuna builds its engine itself; without these its read-then-write transactions collide with ours.
-            begin_immediate(rdb.engine)
-            rdb.engine.dispose()
-        self._storage = get_storage(rdb)
-        self._rdb = rdb
-        self._seed = seed
-        # The name is the key: this is how Optuna's own load_if_exists works.
-        with contextlib.suppress(optuna.exceptions.DuplicatedStudyError):
-            self._storage.create_new_study([optuna.study.StudyDirection.MINIMIZE], name)
-        self._study = _ViewedStudy(name, self._storage)
+        """Opens the study, or makes it. Raises StoreUnavailableError, like every method here."""
+        with _reachable():
+            rdb = RDBStorage(store.optuna_url)
+            if store.is_sqlite:
+                # Optuna builds its engine itself; without these its read-then-write transactions collide with ours.
+                begin_immediate(rdb.engine)
+                rdb.engine.dispose()
+            self._storage = get_storage(rdb)
+            self._rdb = rdb
+            self._seed = seed
+            # The name is the key: this is how Optuna's own load_if_exists works.
+            with contextlib.suppress(optuna.exceptions.DuplicatedStudyError):
+                self._storage.create_new_study([optuna.study.StudyDirection.MINIMIZE], name)
+            self._study = _ViewedStudy(name, self._storage)
 
     def ask(
         self,
@@ -67,6 +82,16 @@ class Memory:
         A trial that was asked just before a crash, so that nobody knows it, is adopted as it is. `paused` maps
         trial numbers to their last rung. The sampler's randomness comes from (study seed, number) alone.
         """
+        with _reachable():
+            return self._ask(expected, suggest, paused, diverged)
+
+    def _ask(
+        self,
+        expected: int,
+        suggest: Callable[[Trial], dict[str, Any]],
+        paused: Mapping[int, int],
+        diverged: Container[int],
+    ) -> tuple[int, dict[str, Any]]:
         self._study.view = lambda trials: [_shown(t, paused, diverged) for t in trials]
         self._study.sampler = self._sampler(expected)
         known = self._study.get_trials(deepcopy=False)
@@ -80,18 +105,19 @@ class Memory:
 
     def report(self, number: int, rung: int, loss: float) -> None:
         """Notes a loss at a rung. The step is the rung's index: TPE orders by it. Repeatable."""
-        if self._state(number).is_finished() or not math.isfinite(loss):
-            return
-        self._storage.set_trial_intermediate_value(self._id(number), rung, loss)
+        with _reachable():
+            if not self._state(number).is_finished() and math.isfinite(loss):
+                self._storage.set_trial_intermediate_value(self._id(number), rung, loss)
 
     def tell(self, number: int, state: str, value: float | None, labels: Mapping[str, str | float]) -> None:
         """Ends a trial: `completed` with its value, `pruned`, or `failed`. Safe to repeat."""
-        if self._state(number).is_finished():
-            return
-        for key, label in labels.items():
-            self._storage.set_trial_user_attr(self._id(number), key, label)
         end = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[state]
-        self._study.tell(number, value if end is TrialState.COMPLETE else None, state=end, skip_if_finished=True)
+        with _reachable():
+            if self._state(number).is_finished():
+                return
+            for key, label in labels.items():
+                self._storage.set_trial_user_attr(self._id(number), key, label)
+            self._study.tell(number, value if end is TrialState.COMPLETE else None, state=end, skip_if_finished=True)
 
     def close(self) -> None:
         """Closes the database connections."""

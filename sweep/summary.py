@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, select
 
+from budgets.beancount import journal
 from budgets.ledger import Balances, Ledger, trial_account
 from budgets.money import MICROS
+from budgets.schema import transfer
 from budgets.statement import statement as draw_up
 from sweep import records, space, triage
 from sweep.errors import NotFoundError
@@ -103,11 +106,10 @@ def statement(connection: Connection, name: str) -> dict[str, Any]:
     study = records.study(connection, name)
     drawn = draw_up(Ledger(connection, name).balances())
     described = {t.number: (space.describe(t.config), t.state) for t in records.trials(connection, name)}
-    machine_ms = sum(worker.settled_ms for worker in records.workers(connection, name))
     return {
         "study": name,
-        "micros_per_hour": study.micros_per_hour,
-        "machine_ms": machine_ms,
+        "unit": study.unit,
+        "machine": _machine(records.workers(connection, name)),
         "trials": [
             {"number": n, "in_words": described[n][0], "state": described[n][1], **money(m)}
             for n, m in drawn.trials.items()
@@ -117,9 +119,27 @@ def statement(connection: Connection, name: str) -> dict[str, Any]:
         "spent": money(drawn.spent),
         "held": money(drawn.held),
         "left": money(drawn.left),
+        "reserve": money(drawn.reserve),
         "cap": money(drawn.cap),
         "overrun": money(drawn.overrun),
     }
+
+
+def _machine(workers: Sequence[WorkerRow]) -> dict[str, Any]:
+    """The same total from the other side: time by price, and what it cost as the workers were charged."""
+    spans: dict[int, int] = {}
+    for worker in workers:
+        for price, ms in worker.tariff.pieces(worker.settled_ms):
+            spans[price] = spans.get(price, 0) + ms
+    cost = sum(worker.tariff.cost(worker.settled_ms) for worker in workers)
+    return {"spans": [{"micros_per_hour": p, "ms": ms} for p, ms in sorted(spans.items())], "cost": money(cost)}
+
+
+def beancount(connection: Connection, name: str) -> str:
+    """The study's books as a beancount file. Raises NotFoundError."""
+    records.study(connection, name)
+    rows = connection.execute(select(transfer).where(transfer.c.study == name).order_by(transfer.c.seq)).all()
+    return journal(name, Ledger(connection, name).balances().accounts, rows)
 
 
 def status(connection: Connection, name: str, now_ms: dict[str, int] | None = None) -> dict[str, Any]:
@@ -148,6 +168,9 @@ def status(connection: Connection, name: str, now_ms: dict[str, int] | None = No
         "frozen": balances.frozen,
         "overrun": money(balances.overrun),
         "micros_per_hour": study.micros_per_hour,
+        "unit": study.unit,
+        "phase": study.phase,
+        "reserve": money(balances.reserve),
         "base_loss": study.base_loss,
         "trials": len(rows),
         "counts": counts,

@@ -39,7 +39,10 @@ study = Table(
     Column("state", Text, nullable=False, server_default="open"),  # open, closed
     Column("fence", Micros, nullable=False, server_default="0"),
     Column("folder", Text, nullable=False),
-    Column("micros_per_hour", Micros, nullable=False),
+    Column("micros_per_hour", Micros, nullable=False),  # the price now
+    Column("tariff", Text),  # budgets.tariff.Tariff, JSON: what new workers are paid by
+    Column("unit", Text, nullable=False, server_default="hour"),  # hour, or Mtok: the meter's hour is a million tokens
+    Column("phase", Text, nullable=False, server_default="search"),  # search, then endgame: the reserve is released
     Column("base_loss", Real),
     Column("base_rung_loss", Real),
     Column("created_unix_ms", Micros, nullable=False),
@@ -107,6 +110,7 @@ evaluation = Table(
     Column("evaluate_ms", Micros, nullable=False),
     Column("checkpoint_ms", Micros, nullable=False),
     Column("attempt", Text, nullable=False),
+    Column("ordinal", Integer, nullable=False, server_default="0"),  # the order in which they arrived, from 1
     PrimaryKeyConstraint("study", "trial", "rung"),
     ForeignKeyConstraint(["study", "trial"], ["sweep_trial.study", "sweep_trial.number"]),
     sqlite_strict=True,
@@ -124,6 +128,7 @@ worker = Table(
     Column("slice", Integer, nullable=False),
     Column("final", Integer, nullable=False, server_default="0"),  # the next slice was refused
     Column("micros_per_hour", Micros, nullable=False),
+    Column("tariff", Text),  # budgets.tariff.Tariff, JSON: its prices so far
     Column("origin_boot_ms", Micros, nullable=False),
     Column("boot_id", Text, nullable=False),
     Column("paid_ms", Micros, nullable=False),
@@ -138,6 +143,22 @@ worker = Table(
     Column("load_ms", Micros),
     Column("exit_code", Integer),
     Column("why", Text, nullable=False, server_default=""),
+    ForeignKeyConstraint(["study"], ["sweep_study.name"]),
+    sqlite_strict=True,
+)
+
+price = Table(
+    "sweep_price",
+    metadata,
+    Column("study", Text, nullable=False),
+    Column("number", Integer, nullable=False),  # from 1: the price at launch
+    Column("micros_per_hour", Micros, nullable=False),
+    Column("ceiling", Micros, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("boot_id", Text, nullable=False),  # of the machine on which it was said, and its clock then:
+    Column("boot_ms", Micros, nullable=False),  # a worker on the same machine is charged it from that moment on
+    Column("unix_ms", Micros, nullable=False),  # for people
+    PrimaryKeyConstraint("study", "number"),
     ForeignKeyConstraint(["study"], ["sweep_study.name"]),
     sqlite_strict=True,
 )

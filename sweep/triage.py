@@ -40,7 +40,7 @@ def funds(
     if worker is None:
         overhead = cost_micros(micros_per_hour, round(load_seconds * 1000))
         return Funds(balances, micros_per_hour, balances.spent, 0, overhead)
-    used = cost_micros(micros_per_hour, now_ms) - cost_micros(micros_per_hour, worker.settled_ms)
+    used = worker.tariff.cost(max(now_ms, 0)) - worker.tariff.cost(worker.settled_ms)
     loading = worker.state != "ready"
     overhead = cost_micros(micros_per_hour, max(round(load_seconds * 1000) - now_ms, 0)) if loading else 0
     prepaid = max(worker.work_ms - now_ms, 0)

@@ -6,15 +6,16 @@ intended ──launch──> started ──ready event──> ready ──> ende
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, select
 
-from budgets.ledger import Ledger
-from budgets.meter import account_of, charges
+from budgets.ledger import IDLE, Ledger
 from budgets.money import usd
+from budgets.schema import hold
+from budgets.tariff import Tariff
 from sweep import records, slices, space, tables
 from sweep.apply import apply, end_attempt, rewind
 from sweep.errors import InvariantError, WorkerError
@@ -23,9 +24,11 @@ from sweep.projection import Projector
 from sweep.records import Study, WorkerRow
 from sweep.slices import Lengths
 from sweep.store import Store
-from trainers.messages import WorkerJob
+from trainers.messages import UsageRecord, WorkerJob
 
 DEATH_SECONDS = 30.0  # how long a fenced worker may take to die before it is killed by hand
+HEARTBEAT_MS = 1_000  # between two records of the watchdog
+DYING_MS = 250  # a worker outlives its watchdog by less: the kernel ends it (76 ms was the worst of 25)
 
 
 class Workers:
@@ -36,7 +39,7 @@ class Workers:
         self.study = study
         self.launcher = launcher
         self.projector = projector
-        self._ended_at: int | None = None  # the machine's clock when the last worker of this run ended
+        self._paid_until: int | None = None  # the machine's clock up to which this run's last worker was charged
 
     def lengths(self, gap_ms: int = 0) -> Lengths:
         """The lengths of paid time, from the forecasts as they stand; a slice outlasts three times the gap."""
@@ -46,7 +49,7 @@ class Workers:
         checkpoint = max(self.projector.checkpoint(m).mean for m in search.method)
         load = self.projector.load()
         measured = self.projector.forecast.measured("load") > 0
-        own = slices.slice_ms(cap, self.study.micros_per_hour, checkpoint, self._longest_step())
+        own = slices.slice_ms(cap, self.study.tariff.ceiling, checkpoint, self._longest_step())
         return Lengths(
             load=round(1000 * (1.5 * load.mean if measured else max(3 * load.mean, 30.0))),
             expected_load=round(1000 * load.mean),
@@ -56,7 +59,7 @@ class Workers:
 
     def now_ms(self, worker: WorkerRow) -> int:
         """The worker's meter now; with recorded timings, its last report."""
-        if self.study.spec.machine.timings is not None:
+        if self.study.timings is not None:
             return worker.at_ms
         return max(self.launcher.boot()[1] - worker.origin_boot_ms, worker.at_ms)
 
@@ -65,10 +68,12 @@ class Workers:
         lengths = self.lengths()
         boot_id, now = self.launcher.boot()
         with self.store.write() as connection:
+            self.study = records.study(connection, self.study.name)  # its price may have changed
+            origin, tariff = self._start(boot_id, now)
             ordinal = len(records.workers(connection, self.study.name)) + 1
             identifier = f"{self.study.name}:w{ordinal:03d}"
             folder = Path(self.study.folder) / "workers" / f"{ordinal:03d}"
-            work, paid, final = slices.open_slice(connection, self.study, identifier, lengths)
+            work, paid, final = slices.open_slice(connection, self.study, identifier, tariff, lengths)
             connection.execute(
                 tables.worker.insert().values(
                     id=identifier,
@@ -79,9 +84,9 @@ class Workers:
                     hold=slices.hold_id(identifier, 1),
                     slice=1,
                     final=int(final),
-                    micros_per_hour=self.study.micros_per_hour,
-                    # The machine's time since the last worker's end is paid for by the next one.
-                    origin_boot_ms=now if self._ended_at is None else self._ended_at,
+                    micros_per_hour=tariff.now,
+                    tariff=tariff.dumps(),
+                    origin_boot_ms=origin,
                     boot_id=boot_id,
                     paid_ms=paid,
                     work_ms=work,
@@ -97,43 +102,74 @@ class Workers:
         with self.store.write() as connection:
             records.set_worker(connection, identifier, state="started")
 
+    def _start(self, boot_id: str, now: int) -> tuple[int, Tariff]:
+        """Where a new worker's meter starts on the machine's clock, and what it is paid by.
+
+        The machine's time since the last worker's end is paid for by the next one. Where that one was charged beyond
+        its end, to a full quantum, the next one's meter starts when this is used up, and the least charge is paid.
+        """
+        study, until = self.study, self._paid_until
+        if until is None and study.boot_id == boot_id and study.last_boot_ms is not None and study.last_boot_ms > now:
+            until = study.last_boot_ms
+        return (now, study.tariff) if until is None else (until, replace(study.tariff, minimum_ms=0))
+
     def renew(self, worker: WorkerRow, lengths: Lengths) -> WorkerRow:
         """Settles the open slice and pays for the next; returns the worker's new row."""
         with self.store.write() as connection:
             slices.renew(connection, self.study, worker, self.now_ms(worker), lengths)
         return self._row(worker.id)
 
+    def reprice(self, connection: Connection, worker: WorkerRow, lengths: Lengths, *, said_at: tuple[str, int]) -> None:
+        """Puts a living worker under the study's new price, said at (boot id, ms since boot)."""
+        boot_id, boot_ms = said_at
+        now = self.now_ms(worker)
+        # The clock is one machine's own: it dates the change only for a worker on the machine where it was said.
+        same = boot_id == worker.boot_id and self.study.timings is None
+        said = boot_ms - worker.origin_boot_ms if same else now
+        price = self.study.tariff
+        tariff = worker.tariff.changed(min(max(said, worker.settled_ms), now), price.now, price.ceiling)
+        slices.change_price(connection, self.study, worker, tariff, now, lengths)
+
     def bury(self, worker: WorkerRow, *, observed: bool) -> None:
         """Settles a worker that is dead and gives its trials back to the queue.
 
-        Charged is what the watchdog recorded; without its last record, up to now if the death was observed just now,
-        else the whole hold. A worker that never started costs nothing.
+        Charged is what the watchdog recorded. Without its last record: up to now if the death was observed just now,
+        else up to the last heartbeat and the time that may have passed since, and without any record the whole hold.
+        A worker that never started costs nothing.
         """
         folder = Path(worker.folder)
         record = self.launcher.read_usage(folder)
         never_started = record is None and not (folder / "watchdog.json").exists()
         with self.store.write() as connection:
+            rest = self._rest(connection, worker)
             if never_started:
                 Ledger(connection, self.study.name).void(worker.hold, fence=self.study.fence)
                 ended_ms, how = 0, "never started"
-            elif record is not None and record.ended:
-                ended_ms, how = max(record.ms, worker.at_ms), record.why
-                slices.settle(connection, self.study, worker, ended_ms, self._rest(connection, worker), how)
-            elif observed:
-                ended_ms, how = self.now_ms(worker), "lost its watchdog"
-                slices.settle(connection, self.study, worker, ended_ms, self._rest(connection, worker), how)
-            else:
+            elif record is None and not observed:
                 ended_ms, how = worker.paid_ms, "no record of its end: its slice is charged in full"
-                self._expire(connection, worker, how)
+                slices.expire(connection, self.study, worker, rest, how)
+            else:
+                ended_ms, how = self._end(worker, record, observed)
+                ended_ms = slices.settle_end(connection, self.study, worker, ended_ms, rest, how)
             self._lose_trials(connection, worker)
             values: dict[str, Any] = {"state": "ended", "why": worker.why or how}
             values["exit_code"] = record.exit_code if record else None
             records.set_worker(connection, worker.id, **values)
-            self._ended_at = worker.origin_boot_ms + ended_ms
-            records.set_study(connection, self.study.name, last_boot_ms=self._ended_at, boot_id=worker.boot_id)
+            self._paid_until = worker.origin_boot_ms + ended_ms
+            records.set_study(connection, self.study.name, last_boot_ms=self._paid_until, boot_id=worker.boot_id)
             cost = usd(Ledger(connection, self.study.name).balances().spent)
             text = f"worker {worker.ordinal} ended after {ended_ms / 1000:.1f} s ({how}); spent {cost}"
             records.note(connection, self.study.name, "ended", text)
+
+    def _end(self, worker: WorkerRow, record: UsageRecord | None, observed: bool) -> tuple[int, str]:
+        """When a dead worker ended on its meter, as far as is known, and how."""
+        if record is not None and record.ended:
+            return max(record.ms, worker.at_ms), record.why
+        if record is None or observed:
+            return self.now_ms(worker), "lost its watchdog"
+        margin = 0 if self.study.timings else HEARTBEAT_MS + DYING_MS
+        ended_ms = min(max(record.ms + margin, worker.at_ms), max(worker.paid_ms, worker.at_ms))
+        return ended_ms, "no record of its end: charged up to a heartbeat after its last one"
 
     def recover(self) -> None:
         """Takes over what an earlier orchestrator left: reattaches to a living worker, settles a dead one."""
@@ -151,6 +187,7 @@ class Workers:
             self.bury(self.drain(worker), observed=False)
         if not living:
             self._charge_gap()
+        self._refund_on_evidence()
 
     def see_dead(self, worker: WorkerRow) -> None:
         """Waits until a worker whose watchdog is gone is dead too: never two at once. Raises WorkerError."""
@@ -196,7 +233,8 @@ class Workers:
             grace_ms=slices.GRACE_MS,
             device=spec.machine.device,
             threads=spec.machine.threads,
-            timings=spec.machine.timings,
+            timings=self.study.timings,
+            heartbeat_ms=HEARTBEAT_MS,
             stop_command=spec.machine.stop_command,
         )
 
@@ -207,15 +245,19 @@ class Workers:
         alive = [t for t in records.trials(connection, self.study.name) if t.slot == worker.id and t.state == "live"]
         return f"trial:{alive[0].number}" if alive else "teardown"
 
-    def _expire(self, connection: Connection, worker: WorkerRow, note: str) -> None:
-        rest = self._rest(connection, worker)
-        weights: Mapping[str, int] = charges(
-            worker.micros_per_hour, worker.settled_ms, worker.paid_ms, worker.settled_usage, worker.usage, rest
-        )
-        Ledger(connection, self.study.name).expire(
-            worker.hold, weights or {account_of(rest): 1}, fence=self.study.fence, note=note
-        )
-        records.set_worker(connection, worker.id, settled_ms=worker.paid_ms)
+    def _refund_on_evidence(self) -> None:
+        """Looks once more for a record of workers whose last slice was charged in full; what it disproves returns."""
+        with self.store.read() as connection:
+            expired = set(connection.execute(select(hold.c.id).where(hold.c.state == "expired")).scalars())
+            ended = [w for w in records.workers(connection, self.study.name) if w.hold in expired]
+        for worker in ended:
+            record = self.launcher.read_usage(Path(worker.folder))
+            if record is None or not record.ended or worker.tariff.billed_ms(record.ms) >= worker.settled_ms:
+                continue
+            with self.store.write() as connection:
+                returned = slices.refund_expired(connection, self.study, worker, record.ms)
+                text = f"worker {worker.ordinal} left a record after all: {usd(returned)} return"
+                records.note(connection, self.study.name, "refund", text)
 
     def _lose_trials(self, connection: Connection, worker: WorkerRow) -> None:
         for trial in records.trials(connection, self.study.name):
@@ -232,12 +274,15 @@ class Workers:
         boot_id, now = self.launcher.boot()
         if boot_id != study.boot_id or now <= study.last_boot_ms:
             return  # another boot: what this machine cost before the launch is not known to us
-        gap = charges(study.micros_per_hour, study.last_boot_ms, now, {}, {}, "idle")
+        tariff = replace(study.tariff, minimum_ms=0)
+        waited = tariff.billed_ms(now - study.last_boot_ms)
+        now = study.last_boot_ms + waited
         with self.store.write() as connection:
             ledger = Ledger(connection, study.name)
-            for code, amount in gap.items():
-                ledger.charge(f"{study.name}:gap:{now}", code, amount, note="the machine waited for the resume")
+            note = "the machine waited for the resume"
+            ledger.charge(f"{study.name}:gap:{now}", IDLE, tariff.cost(waited), note=note)
             records.set_study(connection, study.name, last_boot_ms=now)
+            self._paid_until = now
             seconds = (now - study.last_boot_ms) / 1000
             records.note(connection, study.name, "gap", f"the machine waited {seconds:.0f} s for the resume: charged")
             if ledger.balances().frozen:

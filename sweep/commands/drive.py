@@ -27,7 +27,7 @@ def drive(store: Store, name: str, cap: int | None, *, as_json: bool) -> None:
     def status() -> dict[str, Any]:
         with store.read() as connection:
             living = records.workers(connection, name, living=True)
-            now = {} if study.spec.machine.timings else {w.id: launcher.boot()[1] - w.origin_boot_ms for w in living}
+            now = {} if study.timings else {w.id: launcher.boot()[1] - w.origin_boot_ms for w in living}
             return summary.status(connection, name, now)
 
     def events_after(last: int) -> list[dict[str, Any]]:

@@ -36,15 +36,16 @@ def command(
     """
     from rich.console import Console
 
-    from sweep import launch
+    from sweep import launch, pricing
     from sweep.commands.drive import drive
+    from sweep.launchers.local import LocalLauncher
     from sweep.plan import outline
     from sweep.spec import load
     from sweep.store import Store
     from sweep.views import tables
 
     wanted = load(spec, overrides, study, cap)
-    price, note = launch.price_of(wanted)
+    price = pricing.quote(wanted)
     if not yes and not sys.stdin.isatty():
         raise UsageError("launching spends money and nobody is there to ask", "add --yes")
     store = Store(storage, create=True)
@@ -55,10 +56,10 @@ def command(
         if not anyway:
             launch.compare_gpu(wanted, facts)
         drawn = outline(wanted, facts, price).as_json()
-        tables.show_outline(Console(stderr=True), drawn, note, facts, wanted.machine.stop_command)
+        tables.show_outline(Console(stderr=True), drawn, price.note, facts, wanted.machine.stop_command)
         if not yes and not click.confirm("Launch?", err=True):
             raise UsageError("not launched; nothing was spent")
-        launch.create(store, wanted, facts, price, folder)
+        launch.create(store, wanted, facts, price, folder, LocalLauncher().boot())
         drive(store, wanted.study, None, as_json=as_json)
     finally:
         store.dispose()

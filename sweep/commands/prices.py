@@ -10,31 +10,32 @@ from sweep.errors import NotFoundError
 
 @click.command()
 @click.option("--gpu", metavar="NAME", help="Only machines whose GPU's name contains this.")
+@click.option("--provider", metavar="NAME", help="Only this provider's machines.")
 @json_option
-def command(gpu: str | None, as_json: bool) -> None:
-    """Listed machine prices with date and source, cheapest per GPU first."""
+def command(gpu: str | None, provider: str | None, as_json: bool) -> None:
+    """Listed machine prices, cheapest a GPU first: on demand and spot, what is billed at least, date and source."""
     import dataclasses
+    import datetime
 
     from rich.console import Console
-    from rich.table import Table
 
-    from budgets.money import usd
     from budgets.prices import listed
+    from sweep.views import tables
 
-    rows = [price for price in listed() if gpu is None or gpu.lower() in price.gpu.lower()]
+    rows = [
+        price
+        for price in listed()
+        if (gpu is None or gpu.lower() in price.gpu.lower())
+        and (provider is None or provider.lower() == price.provider.lower())
+    ]
     if not rows:
         known = ", ".join(sorted({price.gpu for price in listed()}))
-        raise NotFoundError(f"no listed machine has a {gpu}", f"listed: {known}")
+        wanted = f"a {gpu}" if gpu else "a GPU"
+        where = f" at {provider}" if provider else ""
+        raise NotFoundError(f"no listed machine has {wanted}{where}", f"listed: {known}")
     rows.sort(key=lambda price: (price.gpu, price.micros_per_hour / price.gpu_count))
     if as_json:
         plain = [dataclasses.asdict(price) | {"as_of": price.as_of.isoformat()} for price in rows]
         print_json({"prices": plain})
-        return
-    table = Table(box=None, pad_edge=False)
-    for name in ("GPU", "count", "provider", "instance", "as of"):
-        table.add_column(name, overflow="fold")
-    table.add_column("$/hour", justify="right", no_wrap=True)
-    for price in rows:
-        per_hour = usd(price.micros_per_hour, 2)
-        table.add_row(price.gpu, str(price.gpu_count), price.provider, price.instance, str(price.as_of), per_hour)
-    Console().print(table)
+    else:
+        tables.show_prices(Console(), rows, datetime.date.today())

@@ -80,10 +80,15 @@ def amounts(micros: Sequence[int]) -> list[str]:
     return [usd(m, places) for m in micros]
 
 
-def rate(micros_per_hour: int) -> str:
-    """A price an hour: in cents where it is one, with all decimals it has otherwise."""
-    cents = micros_per_hour % (MICROS // 100) == 0
-    return f"{usd(micros_per_hour, 2 if cents else 6)}/hour"
+def rate(micros: int, unit: str = "hour") -> str:
+    """A price an hour, or a million tokens: in cents where it is one, with all decimals it has otherwise."""
+    cents = micros % (MICROS // 100) == 0
+    return f"{usd(micros, 2 if cents else 6)}/{unit}"
+
+
+def used(ms: int, unit: str = "hour") -> str:
+    """Metered use: seconds, or tokens where the meter runs on them (a million to its hour)."""
+    return f"{ms / 3.6:,.0f} tokens" if unit == "Mtok" else f"{ms / 1000:,.3f} s"
 
 
 def exact(micros: int) -> str:

@@ -39,7 +39,7 @@ def head(console: Console, status: dict[str, Any]) -> Text:
     else:
         doing = f"worker {worker['state']}, slice {worker['slice']}"
         device = f", {worker['device']}" if worker["device"] else ""
-    price = rate(status["micros_per_hour"])
+    price = rate(status["micros_per_hour"], status["unit"])
     return line(console, f"study {status['study']} ({status['state']}): {doing}, {price}{device}", "bold")
 
 
@@ -61,7 +61,8 @@ def budget(console: Console, status: dict[str, Any]) -> list[Text]:
         f"spent {told['spent']} ({percent(spent / max(cap, 1))})",
         f"held {told['held']}",
         f"projected {told['projected']}" + (f" ({low} to {high})" if low != high else ""),
-        f"left {told['left']}",
+        f"left {told['left']}"
+        + (f", {usd(status['reserve']['micros'])} in reserve" if status["reserve"]["micros"] else ""),
     ]
     parts = [Text(f"{sign} {text}") for sign, text in zip(signs.bar, words, strict=True)]
     legend = flow([*parts, Text(f"cap {told['cap']}", "bold")], console.width)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import datetime
+import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +13,8 @@ import yaml
 from rich.console import Console
 from rich.padding import Padding
 
-from budgets.money import cost_micros, usd
+from budgets.money import usd
+from budgets.prices import STALE_DAYS, Price
 from sweep.views import status as state
 from sweep.views.parts import (
     STATE_STYLES,
@@ -28,6 +32,7 @@ from sweep.views.parts import (
     rate,
     rung_of,
     say,
+    used,
     whole,
 )
 
@@ -180,6 +185,8 @@ def show_statement(console: Console, statement: dict[str, Any], *, everything: b
     rows.append(("idle", "paid time in which nothing trained", "", statement["idle"]["micros"]))
     balance = [("SPENT", "", "", spent)]
     balance += [(name, "", "", statement[name]["micros"]) for name in ("held", "left")]
+    if statement["reserve"]["micros"]:
+        balance[-1] = ("left", f"{usd(statement['reserve']['micros'])} of it in reserve", "", balance[-1][3])
     balance.append(("CAP", "spent + held + left", "", statement["cap"]["micros"]))
     if overrun:
         balance.append(("OVERRUN", "used beyond what was held", "", overrun))
@@ -196,18 +203,67 @@ def show_statement(console: Console, statement: dict[str, Any], *, everything: b
     ]
     say(console, f"study {statement['study']}: where the money went", "bold")
     console.print(fit(columns, console.width, glyphs(console)))
-    for words in _machine(statement["machine_ms"], statement["micros_per_hour"], spent + overrun):
+    for words in _machine(statement["machine"], statement["unit"], spent + overrun):
         say(console, words)
 
 
-def _machine(machine_ms: int, micros_per_hour: int, charged: int) -> list[str]:
+def statement_csv(statement: dict[str, Any]) -> str:
+    """The statement's lines with exact amounts, one an account."""
+    rows = [(f"trial:{t['number']}", t["in_words"], t["state"], t) for t in statement["trials"]]
+    rows += [(f"overhead:{name}", "", "", part) for name, part in statement["overhead"].items()]
+    rows += [(name, "", "", statement[name]) for name in ("idle", "spent", "held", "left", "reserve", "cap", "overrun")]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("account", "what", "state", "micros", "usd"))
+    writer.writerows((account, what, state, part["micros"], part["usd"]) for account, what, state, part in rows)
+    return text.getvalue()
+
+
+def _machine(machine: dict[str, Any], unit: str, charged: int) -> list[str]:
     """The same total from the other side: time times price."""
-    time_cost = cost_micros(micros_per_hour, machine_ms)
-    lines = [f"machine: {machine_ms / 1000:,.3f} s x {rate(micros_per_hour)} = {usd(time_cost, 6)}"]
-    if charged != time_cost:
-        rest = usd(charged - time_cost, 6)
-        lines.append(f"beyond that: {rest}, for time between two runs and for rounding up to whole micro-dollars")
+    cost = machine["cost"]["micros"]
+    spans = [f"{used(span['ms'], unit)} x {rate(span['micros_per_hour'], unit)}" for span in machine["spans"]]
+    lines = [f"machine: {' + '.join(spans) or used(0, unit)} = {usd(cost, 6)}"]
+    if charged != cost:
+        more, rest = charged > cost, usd(abs(charged - cost), 6)
+        lines.append(f"{'beyond' if more else 'less than'} that: {rest}, by bills and for time between two runs")
     return lines
+
+
+def show_prices(console: Console, prices: Sequence[Price], today: datetime.date) -> None:
+    """Prints listed prices; what is old is marked, and said."""
+    spot = [p.spot_micros_per_hour for p in prices]
+    columns = [
+        Column("GPU", [p.gpu for p in prices], least=10),
+        Column("n", [str(p.gpu_count) for p in prices], right=True),
+        Column("GiB", [str(p.gpu_memory_gib) for p in prices], right=True),
+        Column("provider", [p.provider for p in prices], least=8),
+        Column("$/hour", [usd(p.micros_per_hour, 2) for p in prices], right=True),
+        Column("spot", ["-" if m is None else usd(m, 2) for m in spot], right=True),
+        Column("billed by", [_billing(p) for p in prices]),
+        Column("as of", [f"{p.as_of}{' !' if p.stale(today) else ''}" for p in prices]),
+        Column("instance", [p.instance for p in prices], least=12, optional=True),
+    ]
+    if console.width >= WIDE:
+        columns.append(Column("region", [p.region or "-" for p in prices], least=6, optional=True))
+        columns.append(Column("source", [p.source for p in prices], least=20, optional=True))
+    console.print(fit(columns, console.width, glyphs(console)))
+    old = sum(p.stale(today) for p in prices)
+    if old:
+        say(
+            console,
+            f"! {old} of {len(prices)} are over {STALE_DAYS} days old: look them up, give machine.price",
+            "bold",
+        )
+    say(
+        console, "on-demand prices without tax, for the whole machine; a spec's machine.price wins over the list", "dim"
+    )
+
+
+def _billing(price: Price) -> str:
+    least = "" if price.minimum_seconds <= price.quantum_seconds else f", {price.minimum_seconds} s at least"
+    names = {1: "second", 60: "minute", 3600: "hour"}
+    return names.get(price.quantum_seconds, f"{price.quantum_seconds} s") + least
 
 
 def show_status(console: Console, status: dict[str, Any]) -> None:
@@ -241,17 +297,33 @@ def show_list(console: Console, listing: Sequence[dict[str, Any]]) -> None:
     console.print(fit(columns, console.width, glyphs(console)))
 
 
+def _affordable(outline: dict[str, Any]) -> str:
+    if outline["unit"] == "Mtok":
+        return f"{outline['seconds'] / 3600:,.3f} million tokens"
+    return f"{duration(outline['seconds'])} of machine time"
+
+
+def _rounding(outline: dict[str, Any]) -> list[tuple[str, str]]:
+    least, quantum = outline["minimum_seconds"], outline["quantum_seconds"]
+    if quantum < 1:
+        return []
+    at_least = f", at least {duration(least)}" if least > quantum else ""
+    return [("billed", f"in steps of {duration(quantum)}{at_least}; holds and charges are rounded up")]
+
+
 def show_outline(
     console: Console, outline: dict[str, Any], price_note: str, facts: Mapping[str, Any], stop_command: str | None
 ) -> None:
     """Prints what the cap buys, before anybody is asked and anything is spent."""
-    plan, price = outline["plan"], rate(outline["micros_per_hour"])
+    plan, price = outline["plan"], rate(outline["micros_per_hour"], outline["unit"])
     rungs = ", ".join(f"{tokens:,}" for tokens in plan["rungs"])
     compared = f"at {rungs} tokens and at the end" if rungs else "at the end alone"
     *seen, check = _seen(facts)
     rows = [
-        ("cap", f"{usd(outline['cap'])}, never more: {duration(outline['seconds'])} of machine time"),
+        ("cap", f"{usd(outline['cap'])}, never more: {_affordable(outline)}"),
+        *([("reserve", f"{usd(outline['reserve'])} of it for the endgame")] if outline["reserve"] else []),
         ("price", f"{price}, {price_note}"),
+        *_rounding(outline),
         *((name, words) for name, _, words in (fact.partition(": ") for fact in seen)),
         ("longest run", f"{plan['examples']:,} examples, {plan['run_tokens']:,} tokens"),
         ("compared", f"{compared}, on {plan['rung_rows']:,} validation rows"),

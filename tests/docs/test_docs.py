@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sweep import launch
+from sweep import pricing
 from sweep.cli import VERBS
 from sweep.plan import lengths, outline
 from sweep.spec import load
@@ -48,8 +48,8 @@ def test_every_file_that_the_documents_name_exists() -> None:
 def test_every_example_is_a_spec_with_a_price(path: Path) -> None:
     """Proves that each shipped example parses and that its machine has a price."""
     spec = load(path)
-    micros, note = launch.price_of(spec)
-    assert micros > 0 and note
+    price = pricing.quote(spec)
+    assert price.tariff.now > 0 and price.note
 
 
 def test_the_articles_case_is_planned() -> None:
@@ -59,7 +59,7 @@ def test_the_articles_case_is_planned() -> None:
     splits = {"train": {"rows": 8_000, "tokens": 2_400_000}, "validation": {"rows": 1_000, "tokens": 300_000}}
     facts = {"parameters": 7_615_616_512, "device": "NVIDIA A100-SXM4-80GB", "cores": 16, "data": {"splits": splits}}
     facts["plan"] = lengths(spec.search, splits).__dict__
-    drawn = outline(spec, facts, launch.price_of(spec)[0])
+    drawn = outline(spec, facts, pricing.quote(spec))
     runs = {run.method: run for run in drawn.runs}
     assert drawn.cap == 200_000_000
     assert runs["lora"].low < runs["lora"].cost < runs["lora"].high

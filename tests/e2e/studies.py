@@ -94,7 +94,7 @@ def read(folder: Path, study: str = "words") -> dict[str, Any]:
         assert violations(connection, study) == []
         found = {
             "trials": records.trials(connection, study),
-            "evaluations": [tuple(row)[1:7] for row in records.evaluations(connection, study)],
+            "evaluations": sorted(tuple(row)[1:7] for row in records.evaluations(connection, study)),
             "workers": records.workers(connection, study),
             "attempts": connection.execute(select(tables.attempt)).all(),
             "accounts": {

@@ -33,6 +33,15 @@ if os.fork() == 0:
 os.wait()
 time.sleep(0.3)
 """
+# PyDLL keeps the interpreter's lock, so no handler runs; a mutex, unlike a sleep, is waited for on after a signal.
+IN_C = """
+import ctypes
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+libc, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(128)
+libc.pthread_mutex_init(mutex, None)
+libc.pthread_mutex_lock(mutex)
+libc.pthread_mutex_lock(mutex)
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,8 +67,9 @@ def _death_ms(bench: Bench, count: int) -> int:
         ("os.kill(os.getpid(), signal.SIGSTOP)\n", 1, (-9, "paid_until")),
         (DEAF + DAEMON + SLEEP, 2, (-9, "paid_until")),
         (DEAF + DAEMON, 2, (0, "exit")),
+        (IN_C, 1, (-9, "paid_until")),
     ],
-    ids=["ignores SIGTERM", "stopped", "setsid daemon", "daemon outlives the worker"],
+    ids=["ignores SIGTERM", "stopped", "setsid daemon", "daemon outlives the worker", "hangs in C with the GIL"],
 )
 def test_dead_by_paid_ms(bench: Bench, code: str, count: int, end: tuple[int, str]) -> None:
     """Whatever the worker does, it and all its descendants are gone by paid_ms, and the final record says so."""
@@ -184,6 +194,23 @@ def test_last_resort(bench: Bench) -> None:
     bench.launcher.stop(bench.folder)
     assert bench.launcher.wait_dead(bench.folder, 3)
     bench.launcher.stop(bench.folder)
+
+
+def test_last_resort_after_the_paid_time(bench: Bench) -> None:
+    """A stopped watchdog lets the paid time pass; `stop` then ends it, and with it a worker that ignores SIGTERM."""
+    hold = f"processes.hold_lock(Path({str(bench.folder / 'worker.lock')!r}), 1.0)\n"
+    code = "from pathlib import Path\nfrom trainers import processes\n" + hold + DEAF + SLEEP
+    job = bench.start_python(code, paid_ms=2000, grace_ms=400)
+    wait_until(lambda: bench.launcher.worker_alive(bench.folder), "the worker's lock")
+    wait_until(lambda: bench.launcher.read_usage(bench.folder), "a heartbeat: the worker's pid is written down before")
+    os.kill(json.loads((bench.folder / "watchdog.json").read_text())["watchdog"], signal.SIGSTOP)
+    wait_until(lambda: bench.launcher.boot()[1] > job.origin_boot_ms + 2000, "the paid time")
+    assert not gone(bench.pids()[0])
+    bench.launcher.stop(bench.folder)
+    assert bench.launcher.wait_dead(bench.folder, 3)
+    wait_until(lambda: gone(bench.pids()[0]), "the worker's death")
+    record = bench.launcher.read_usage(bench.folder)
+    assert record is not None and not record.ended
 
 
 def test_reattach(make_bench: Callable[..., Bench]) -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from budgets.meter import charges
 from budgets.money import MoneyError, affordable_ms, cost_micros, parse_rate, parse_usd, split_micros, usd
+from budgets.tariff import Tariff
 
 RATES = st.integers(min_value=1, max_value=10**9)
 TIMES = st.integers(min_value=0, max_value=10**10)
@@ -36,7 +37,7 @@ def test_slices_add_up_to_one_bill(rate: int, steps: list[int]) -> None:
     """Proves that a worker's charges, however it was cut into slices, are the cost of its whole time."""
     at, total = 0, 0
     for step in steps:
-        total += sum(charges(rate, at, at + step, {}, {"idle": step}, "idle").values())
+        total += sum(charges(Tariff.flat(rate), at, at + step, {}, {"idle": step}, "idle").values())
         at += step
     assert total == cost_micros(rate, at)
 
@@ -58,7 +59,8 @@ def test_what_is_no_amount_is_refused(text: str) -> None:
 
 def test_rates_and_display() -> None:
     """Proves rates with and without their unit, and that small amounts keep their digits."""
-    assert parse_rate("$1.29/hour") == parse_rate("1.29/h") == parse_rate(1.29) == 1_290_000
+    assert parse_rate("$1.29/hour") == parse_rate("1.29/h") == parse_rate(1.29) == (1_290_000, "hour")
+    assert parse_rate("$0.32/kWh") == (320_000, "kWh") and str(parse_rate("0.48/Mtok")) == "$0.48/Mtok"
     with pytest.raises(MoneyError):
         parse_rate("$1.29/day")
     assert [usd(m) for m in (200_000_000, 1_290_000, 41, -5_000_000)] == ["$200.00", "$1.2900", "$0.000041", "-$5.0000"]

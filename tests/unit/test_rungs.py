@@ -6,8 +6,7 @@ import dataclasses
 import math
 
 from budgets.ledger import Balances
-from sweep import rungs, triage
-from sweep.loop import Sweep
+from sweep import records, rungs, triage
 from sweep.projection import Plan, Projector
 from sweep.records import TrialRow
 from sweep.rungs import Results
@@ -22,7 +21,7 @@ def trial(number: int, **values: object) -> TrialRow:
         number=number, method="lora", learning_rate=1e-3, batch_size=4, examples=100, seed=0, rank=8, alpha=8,
         targets="mlp",
     )  # fmt: skip
-    return dataclasses.replace(Sweep._newcomer(config), **values)
+    return dataclasses.replace(records.newcomer(config), **values)
 
 
 def judged(loss: float | None, rung: int, results: Results, **more: object) -> rungs.Judgement:

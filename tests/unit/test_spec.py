@@ -33,7 +33,7 @@ def path(tmp_path: Path) -> Path:
 def test_defaults_are_filled_in_and_survive_storage(path: Path) -> None:
     """Proves that only model, data, machine and cap are needed, and that the stored copy reads back alike."""
     spec = load(path)
-    assert (spec.study, spec.budget.cap, spec.machine.price) == ("words", 200_000_000, 1_290_000)
+    assert (spec.study, spec.budget.cap, spec.machine.price) == ("words", 200_000_000, (1_290_000, "hour"))
     assert spec.search.rank == (8,) and spec.search.live == 4
     assert Spec.model_validate(spec.resolved()) == spec
 
@@ -51,7 +51,7 @@ def test_overrides_win(path: Path) -> None:
         ("search.rnk=3", r"line 8: unknown key search\.rnk; did you mean rank\?"),
         ("modl=3", r"unknown key modl; did you mean model\?"),
         ("budget.cap=$0", r"line 7: budget\.cap: .*greater than 0"),
-        ("machine.price=-1", r"line 5: machine\.price: .*greater than 0"),
+        ("machine.price=-1", r"line 5: machine\.price: a price must be positive"),
         ("search.targets=[atention]", r"search\.targets\.0: input should be 'attention', 'mlp' or 'all-linear'"),
         ("search.learning_rate={low: 1, high: 0.1}", r"search\.learning_rate: low 1 is over high 0\.1"),
         ("machine.price=null", r"line 4: machine: needs `gpu`"),

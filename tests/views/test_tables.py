@@ -160,7 +160,8 @@ def test_a_statement_adds_up(costs: list[int], cap: int, everything: bool, width
 
 
 def test_a_statement_shows_an_overrun_and_time_between_runs() -> None:
-    statement = a_statement([500], cap=60_000, overrun=77) | {"machine_ms": 10_000}
+    machine = {"spans": [{"micros_per_hour": 3_600_000, "ms": 10_000}], "cost": money(10_000)}
+    statement = a_statement([500], cap=60_000, overrun=77) | {"machine": machine}
     text = rendered(lambda c: tables.show_statement(c, statement))
     assert _dollars(text)["OVERRUN"] == [Decimal("0.000077")]
     beyond = statement["spent"]["micros"] + 77 - 10_000

@@ -89,8 +89,8 @@ def a_statement(costs: Sequence[int], *, cap: int, rate: int = 3_600_000, overru
     trials = [a_trial(n, "paused") for n in range(len(costs))]
     return {
         "study": "words",
-        "micros_per_hour": rate,
-        "machine_ms": spent + overrun,
+        "unit": "hour",
+        "machine": {"spans": [{"micros_per_hour": rate, "ms": spent + overrun}], "cost": money(spent + overrun)},
         "trials": [
             {"number": t["number"], "in_words": t["in_words"], "state": t["state"], **money(micros)}
             for t, micros in zip(trials, costs, strict=True)
@@ -100,6 +100,7 @@ def a_statement(costs: Sequence[int], *, cap: int, rate: int = 3_600_000, overru
         "spent": money(spent),
         "held": money(held),
         "left": money(cap - spent - held),
+        "reserve": money(0),
         "cap": money(cap),
         "overrun": money(overrun),
     }
@@ -127,6 +128,9 @@ def a_status(trials: list[dict[str, Any]], *, cap: int = 60_000, frozen: bool = 
         "frozen": frozen,
         "overrun": money(1_234 if frozen else 0),
         "micros_per_hour": 3_600_000,
+        "unit": "hour",
+        "phase": "search",
+        "reserve": money(0),
         "base_loss": 4.8,
         "trials": len(trials),
         "counts": counts,
@@ -143,7 +147,8 @@ def an_outline(cap: int) -> tuple[dict[str, Any], dict[str, Any]]:
         {"method": "lora", "cost": 2_000, "low": 278, "high": 14_400, "affordable": cap // 2_000},
         {"method": "full", "cost": 3_000, "low": 351, "high": 25_600, "affordable": cap // 3_000},
     ]
-    outline = {"cap": cap, "micros_per_hour": 3_600_000, "seconds": cap / 1_000, "plan": plan, "first_rung": 100}
+    outline = {"cap": cap, "reserve": 0, "micros_per_hour": 3_600_000, "unit": "hour", "seconds": cap / 1_000}
+    outline |= {"minimum_seconds": 60.0, "quantum_seconds": 1.0, "plan": plan, "first_rung": 100}
     splits = {"train": {"rows": 2_000, "tokens": 40_000}, "validation": {"rows": 64, "tokens": 1_300}}
     facts = {"parameters": 135_000_000, "device": "NVIDIA H100", "seconds": 2.4, "data": {"splits": splits}}
     return {**outline, "runs": runs}, facts
