@@ -5,7 +5,8 @@
 #   make lint         ruff and mypy only
 #   make fix          let ruff repair and format
 #   make docs         refresh the generated parts of the documentation
-#   make stress       the long ledger campaigns
+#   make hooks        run lint, types and generated documentation before every commit
+#   make stress       the long kill campaigns, about an hour
 #   make clean        remove the environment, caches and build leftovers; models, runs and studies stay
 
 PYTHON ?= python3
@@ -31,7 +32,7 @@ CONSTRAINTS := constraints.txt
 TORCH := torch==2.13.0
 endif
 
-.PHONY: install model quickstart test lint fix docs stress clean
+.PHONY: install model quickstart test lint fix docs hooks stress clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -75,8 +76,11 @@ fix: install
 docs: install
 	$(BIN)/cog -r README.md docs/*.md
 
-stress: install
-	$(BIN)/pytest -m stress --timeout=3600
+hooks: install
+	$(BIN)/pre-commit install
+
+stress: install model
+	$(BIN)/pytest -m stress -s --timeout=3600
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -300,7 +300,9 @@ class Repeat:
             return now_ns
         paid_ms = job.paid_ms
         if self._scenario.paid_late:
-            paid_ms = processes.boot_ms() - job.origin_boot_ms + PAID_MS
+            # Time to see how much memory the tree holds, and to kill it so much earlier.
+            dying_ms = processes.dying_ms([pids["worker"]])
+            paid_ms = processes.boot_ms() - job.origin_boot_ms + PAID_MS + dying_ms
             command = Slice(fence=1, paid_ms=paid_ms, work_ms=paid_ms, checkpoint_ms=paid_ms)
             if not self._launcher.send(self._folder, command):
                 raise BenchmarkError("nobody reads the commands")

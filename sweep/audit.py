@@ -2,18 +2,56 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 from sqlalchemy import Connection, func, select
 
 from budgets import audit
 from budgets.ledger import BUDGET
 from budgets.schema import hold, transfer
 from sweep import records
+from sweep.records import Study
+
+MARK = "transfers.committed"  # in the study's folder
 
 
 def violations(connection: Connection, study: str) -> list[str]:
     """Returns a sentence for every invariant that does not hold; [] when all hold. Raises NotFoundError."""
-    records.study(connection, study)
-    return audit.violations(connection, study) + _time(connection, study) + _trials(connection, study)
+    found = records.study(connection, study)
+    ledger = audit.violations(connection, study)
+    return ledger + _whole(connection, found) + _time(connection, study) + _trials(connection, study)
+
+
+def remember(connection: Connection, study: Study) -> None:
+    """Notes outside of the database how many transfers are committed; the caller's transaction comes after them.
+
+    A copy of the database that was made without its write-ahead log is consistent and yet too old: only something
+    outside of it can tell.
+    """
+    mark = Path(study.folder) / MARK
+    temporary = mark.with_suffix(".new")
+    try:
+        temporary.write_text(f"{_transfers(connection, study.name)}\n")
+        temporary.replace(mark)
+    except OSError:
+        sys.stderr.write(f"cannot write {mark}; an old copy of the database would not be noticed\n")
+
+
+def _whole(connection: Connection, study: Study) -> list[str]:
+    """The database holds at least the transfers that were committed before, as far as this machine remembers."""
+    try:
+        known = int((Path(study.folder) / MARK).read_text())
+    except (OSError, ValueError):
+        return []  # the study is from another machine, or nothing was settled yet
+    there = _transfers(connection, study.name)
+    if there >= known:
+        return []
+    return [f"{known} transfers were committed, the database holds {there}: an old copy, or one without its -wal file"]
+
+
+def _transfers(connection: Connection, study: str) -> int:
+    return int(connection.execute(select(func.count()).where(transfer.c.study == study)).scalar_one())
 
 
 def _time(connection: Connection, study: str) -> list[str]:

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from budgets.ledger import Ledger, trial_account
-from budgets.money import MICROS, usd
-from sweep import endgame, pricing, records, rungs, space, tables, triage
+from budgets.ledger import Ledger
+from budgets.money import usd
+from sweep import endgame, pricing, records, rungs, space, tables, telling, triage
 from sweep.apply import apply
 from sweep.errors import BudgetError, DiskError, Interrupted, WorkerError
 from sweep.instruct import Instructor
@@ -73,6 +73,9 @@ class Sweep:
         self._trained_before = 0
         self._disk_message = ""
         self._first_step = True
+        self._living: list[WorkerRow] = []
+        self._read: tuple[list[TrialRow], Results] = [], Results([])
+        self._read_at = -1  # the store's writes when these were read
         self._gap_ms = 0  # the longest recent silence between two reports
         self._lengths = self.workers.lengths()
 
@@ -89,7 +92,7 @@ class Sweep:
         self.workers.recover()
         reattached = self._worker()
         self.instructor.reattached = reattached.id if reattached else None
-        self._replay_memory()
+        telling.replay(self.memory, *self._trials())
         while True:
             changed = self.step()
             self.notify()
@@ -129,7 +132,7 @@ class Sweep:
             return
         worker = self._worker()
         with self.store.write() as connection:
-            self.study = self.workers.study = records.study(connection, self.name)
+            self.study = self.workers.study = records.own_study(connection, self.name, self.study.fence)
             if worker is not None:
                 self.workers.reprice(connection, worker, self._lengths, said_at=(boot_id, boot_ms))
         worker = self._worker()
@@ -176,7 +179,7 @@ class Sweep:
             self.projector.observe_load(event.at_ms)
         elif isinstance(event, BaseEvaluated):
             with self.store.read() as connection:
-                self.study = self.workers.study = records.study(connection, self.name)
+                self.study = self.workers.study = records.own_study(connection, self.name, self.study.fence)
         self._lengths = self.workers.lengths(self._gap_ms)
 
     def _renewal_due(self, worker: WorkerRow) -> bool:
@@ -263,19 +266,7 @@ class Sweep:
         self._change(trial, state, reason, diverged=int(diverged))
 
     def _tell_ended(self) -> None:
-        """Tells Optuna who ended, whether we decided it or the worker reported it."""
-        trials, _ = self._trials()
-        for trial in trials:
-            if trial.state in records.ENDED and not trial.told:
-                self._tell(trial)
-
-    def _tell(self, trial: TrialRow) -> None:
-        with self.store.read() as connection:
-            cost = Ledger(connection, self.name).balances().accounts.get(trial_account(trial.number), 0)
-        labels: dict[str, str | float] = {"reason": trial.reason, "usd_when_told": cost / MICROS}
-        self.memory.tell(trial.number, trial.state, trial.full_loss, labels)
-        with self.store.write() as connection:
-            records.set_trial(connection, self.name, trial.number, told=1)
+        telling.tell_ended(self.store, self.name, self.memory, self._trials()[0])
 
     # Project
 
@@ -322,7 +313,7 @@ class Sweep:
         """When the search has no more to spend, the reserve goes to the best that is left; False if there is none."""
         with self.store.write() as connection:
             freed = endgame.begin(connection, self.study)
-            self.study = self.workers.study = records.study(connection, self.name)
+            self.study = self.workers.study = records.own_study(connection, self.name, self.study.fence)
         return freed > 0
 
     def _seat(self) -> None:
@@ -479,22 +470,20 @@ class Sweep:
     # What the steps share
 
     def _worker(self) -> WorkerRow | None:
-        with self.store.read() as connection:
-            living = records.workers(connection, self.name, living=True)
-        return living[0] if living else None
+        self._refresh()
+        return self._living[0] if self._living else None
 
     def _trials(self) -> tuple[list[TrialRow], Results]:
+        self._refresh()
+        return self._read
+
+    def _refresh(self) -> None:
+        """Nobody else writes these tables while we drive the study: they are read anew after a write of ours alone."""
+        if self._read_at == self.store.writes:
+            return
         with self.store.read() as connection:
+            self._living = records.workers(connection, self.name, living=True)
             trials = records.trials(connection, self.name)
             rows = records.evaluations(connection, self.name)
-        return trials, Results((row.trial, row.rung, row.loss) for row in rows)
-
-    def _replay_memory(self) -> None:
-        """Tells Optuna what it may have missed: the step between our commit and its own."""
-        trials, results = self._trials()
-        untold = [t for t in trials if not t.told]
-        for trial in untold:
-            for rung in range(trial.rung + 1):
-                loss = results.losses.get(rung, {}).get(trial.number)
-                if loss is not None and not trial.diverged and trial.state != "judging":
-                    self.memory.report(trial.number, rung, loss)
+        self._read = trials, Results((row.trial, row.rung, row.loss) for row in rows)
+        self._read_at = self.store.writes

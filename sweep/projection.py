@@ -20,6 +20,7 @@ PRIOR_FLOPS = {"H200": 1.5e14, "H100": 1.5e14, "B200": 2.5e14, "A100": 8e13, "L4
 OTHER_GPU_FLOPS = 3e13
 CORE_FLOPS = 5e10
 DISK_BYTES_PER_SECOND = 4e8
+START_SECONDS = {False: 10.0, True: 2.0}  # interpreter, imports, the check of the loss; a replay has none of them
 FREE = 1e-6  # seconds of what costs nothing where tokens are paid for
 
 
@@ -60,6 +61,7 @@ class Projector:
         self.forecast = Forecast()
         known = (speed for name, speed in PRIOR_FLOPS.items() if name in device.upper())
         self._metered_by_token = unit == "Mtok"
+        self._replayed = device == "replay"
         self._flops = CORE_FLOPS * cores if device in {"cpu", "replay"} else next(known, OTHER_GPU_FLOPS)
 
     def observe_evaluation(self, config: TrialConfig, row: Any) -> None:
@@ -139,7 +141,8 @@ class Projector:
     def _piece(self, kind: str, method: str) -> Work:
         full = method == "full"
         state = 14.0 * self.parameters / DISK_BYTES_PER_SECOND if full else 0.1
-        prior = 8.0 + 4.0 * self.parameters / DISK_BYTES_PER_SECOND if kind == "load" else 0.1 + state
+        start = START_SECONDS[self._replayed] + 4.0 * self.parameters / DISK_BYTES_PER_SECOND
+        prior = start if kind == "load" else 0.1 + state
         prior = FREE if self._metered_by_token else prior
         return Work(kind, prior, {"full": float(full)})
 

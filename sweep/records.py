@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Table, func, select, update
 
 from budgets.tariff import Tariff
 from sweep import clock, tables
-from sweep.errors import NotFoundError
+from sweep.errors import NotFoundError, StudyBusyError
 from sweep.spec import Spec
 from trainers.messages import TrialConfig
 
@@ -117,6 +117,14 @@ def study(connection: Connection, name: str) -> Study:
     values["facts"] = json.loads(values["facts"])
     values["tariff"] = _tariff(row)
     return Study(**values)
+
+
+def own_study(connection: Connection, name: str, fence: int) -> Study:
+    """Reads the study that the caller drives, locked to the transaction's end. Raises StudyBusyError if it lost it."""
+    locked = select(tables.study.c.fence).where(tables.study.c.name == name).with_for_update()
+    if connection.execute(locked).scalar_one() != fence:
+        raise StudyBusyError(f"another orchestrator took study {name} over", "leave it to that one")
+    return study(connection, name)
 
 
 def study_names(connection: Connection) -> list[str]:

@@ -105,6 +105,7 @@ class Store:
         with _explained(self.url):
             self._open(create)
         self._file = self._identity()
+        self.writes = 0  # transactions of ours that may have changed something
 
     @property
     def is_sqlite(self) -> bool:
@@ -135,6 +136,7 @@ class Store:
             )
         with _explained(self.url), self.engine.connect() as connection:
             transaction = connection.begin()
+            self.writes += 1
             try:
                 yield connection
             except BaseException:
@@ -150,6 +152,16 @@ class Store:
                     "run sweep resume; it repeats what is missing and nothing else",
                 ) from error
 
+    @contextlib.contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """Waits until no other process is at `what`, on PostgreSQL; a SQLite file has its own lock for everything."""
+        if self.is_sqlite:
+            yield
+            return
+        with self.write() as connection:
+            connection.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))").bindparams(name=f"sweep:{what}"))
+            yield
+
     def _identity(self) -> tuple[int, int] | None:
         """Which file the SQLite database is; None if there is none, or no file."""
         try:
@@ -160,8 +172,9 @@ class Store:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
-        """A transaction that only reads; on SQLite it is deferred and sees one snapshot."""
-        with _explained(self.url), self.engine.connect().execution_options(read_only=True) as connection:
+        """A transaction that only reads and sees one snapshot, so that an audit may run beside the sweep."""
+        snapshot = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
+        with _explained(self.url), self.engine.connect().execution_options(read_only=True, **snapshot) as connection:
             yield connection
 
     def dispose(self) -> None:

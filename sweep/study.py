@@ -9,6 +9,7 @@ and the sampler would walk into the same region again.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import math
 import warnings
@@ -56,7 +57,8 @@ class Memory:
 
     def __init__(self, store: Store, name: str, seed: int) -> None:
         """Opens the study, or makes it. Raises StoreUnavailableError, like every method here."""
-        with _reachable():
+        # Optuna makes its tables without looking whether somebody else is making them too.
+        with _reachable(), store.alone("optuna's tables"):
             rdb = RDBStorage(store.optuna_url)
             if store.is_sqlite:
                 # Optuna builds its engine itself; without these its read-then-write transactions collide with ours.
@@ -79,8 +81,8 @@ class Memory:
     ) -> tuple[int, dict[str, Any]]:
         """Asks for the trial number `expected` and returns it with its parameters.
 
-        A trial that was asked just before a crash, so that nobody knows it, is adopted as it is. `paused` maps
-        trial numbers to their last rung. The sampler's randomness comes from (study seed, number) alone.
+        A trial that was asked just before a crash, so that nobody knows it, is adopted. `paused` maps trial numbers to
+        their last rung. The sampler's randomness comes from (study seed, number) alone.
         """
         with _reachable():
             return self._ask(expected, suggest, paused, diverged)
@@ -95,13 +97,24 @@ class Memory:
         self._study.view = lambda trials: [_shown(t, paused, diverged) for t in trials]
         self._study.sampler = self._sampler(expected)
         known = self._study.get_trials(deepcopy=False)
-        adopted = Trial(self._study, known[expected]._trial_id) if len(known) > expected else None
-        trial = adopted or self._study.ask()
+        trial = self._adopt(known[expected]) if len(known) > expected else self._study.ask()
         if trial.number != expected:
             raise RuntimeError(f"Optuna asked trial {trial.number}, the study is at {expected}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return trial.number, suggest(trial)
+
+    def _adopt(self, known: FrozenTrial) -> Trial:
+        """A trial that was asked just before a crash, perhaps half-way.
+
+        Its parameters are drawn anew, all of them: each draw takes its share of the sampler's randomness, so whoever
+        drew only the missing ones would draw others.
+        """
+        trial = Trial(self._study, known._trial_id)
+        trial._cached_frozen_trial = copy.deepcopy(trial._cached_frozen_trial)
+        trial._cached_frozen_trial.params = {}
+        trial._cached_frozen_trial.distributions = {}
+        return trial
 
     def report(self, number: int, rung: int, loss: float) -> None:
         """Notes a loss at a rung. The step is the rung's index: TPE orders by it. Repeatable."""

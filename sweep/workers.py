@@ -18,6 +18,7 @@ from budgets.schema import hold
 from budgets.tariff import Tariff
 from sweep import records, slices, space, tables
 from sweep.apply import apply, end_attempt, rewind
+from sweep.audit import remember
 from sweep.errors import InvariantError, WorkerError
 from sweep.launchers.base import Launcher, LaunchError
 from sweep.projection import Projector
@@ -51,7 +52,7 @@ class Workers:
         measured = self.projector.forecast.measured("load") > 0
         own = slices.slice_ms(cap, self.study.tariff.ceiling, checkpoint, self._longest_step())
         return Lengths(
-            load=round(1000 * (1.5 * load.mean if measured else max(3 * load.mean, 30.0))),
+            load=round(1000 * (1.5 * load.mean if measured else 3 * load.mean)),
             expected_load=round(1000 * load.mean),
             slice=max(own, min(3 * gap_ms, slices.MAX_SLICE_MS)),
             tail=slices.tail_ms(self.projector.tail(search.method, slots=1).high),
@@ -68,7 +69,8 @@ class Workers:
         lengths = self.lengths()
         boot_id, now = self.launcher.boot()
         with self.store.write() as connection:
-            self.study = records.study(connection, self.study.name)  # its price may have changed
+            # Its price may have changed.
+            self.study = records.own_study(connection, self.study.name, self.study.fence)
             origin, tariff = self._start(boot_id, now)
             ordinal = len(records.workers(connection, self.study.name)) + 1
             identifier = f"{self.study.name}:w{ordinal:03d}"
@@ -117,7 +119,12 @@ class Workers:
         """Settles the open slice and pays for the next; returns the worker's new row."""
         with self.store.write() as connection:
             slices.renew(connection, self.study, worker, self.now_ms(worker), lengths)
+        self._remember()
         return self._row(worker.id)
+
+    def _remember(self) -> None:
+        with self.store.read() as connection:
+            remember(connection, self.study)
 
     def reprice(self, connection: Connection, worker: WorkerRow, lengths: Lengths, *, said_at: tuple[str, int]) -> None:
         """Puts a living worker under the study's new price, said at (boot id, ms since boot)."""
@@ -160,6 +167,7 @@ class Workers:
             cost = usd(Ledger(connection, self.study.name).balances().spent)
             text = f"worker {worker.ordinal} ended after {ended_ms / 1000:.1f} s ({how}); spent {cost}"
             records.note(connection, self.study.name, "ended", text)
+        self._remember()
 
     def _end(self, worker: WorkerRow, record: UsageRecord | None, observed: bool) -> tuple[int, str]:
         """When a dead worker ended on its meter, as far as is known, and how."""
@@ -192,10 +200,10 @@ class Workers:
     def see_dead(self, worker: WorkerRow) -> None:
         """Waits until a worker whose watchdog is gone is dead too: never two at once. Raises WorkerError."""
         folder = Path(worker.folder)
+        self.launcher.wait_dead(folder, DEATH_SECONDS)
+        self.launcher.stop(folder)
         if not self.launcher.wait_dead(folder, DEATH_SECONDS):
-            self.launcher.stop(folder)
-            if not self.launcher.wait_dead(folder, DEATH_SECONDS):
-                raise WorkerError(f"worker {worker.ordinal} does not die", f"see {folder / 'watchdog.json'}")
+            raise WorkerError(f"worker {worker.ordinal} does not die", f"see {folder / 'watchdog.json'}")
 
     def drain(self, worker: WorkerRow) -> WorkerRow:
         """Applies every event that a dead worker left."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sqlite3
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,12 @@ def _postgres_binaries() -> Path | None:
     return Path(on_path).parent if on_path else found[-1].parent if found else None
 
 
-@pytest.fixture(scope="session")
-def postgres_server() -> Iterator[str]:
-    """URL of a fresh server's maintenance database. Skipped where PostgreSQL is not installed, but never in CI."""
+@contextlib.contextmanager
+def running_postgres() -> Iterator[tuple[str, Callable[[], None]]]:
+    """A fresh server: the URL of its maintenance database, and a function that restarts it at once, as a crash would.
+
+    Skipped where PostgreSQL is not installed, but never in CI.
+    """
     binaries = _postgres_binaries()
     if binaries is None:
         if os.environ.get("CI"):
@@ -43,13 +47,33 @@ def postgres_server() -> Iterator[str]:
         def call(*command: str) -> None:
             subprocess.run([*prefix, *command], check=True, stdout=subprocess.DEVNULL, cwd=folder)
 
+        def control(*command: str) -> None:
+            options = f"-k {folder} -c listen_addresses='' -c fsync=off -c max_connections=120"
+            call(str(binaries / "pg_ctl"), "-D", data, "-w", "-l", f"{folder}/log", "-o", options, *command)
+
         call(str(binaries / "initdb"), "-D", data, "-U", "postgres", "-A", "trust", "--no-sync")
-        options = f"-k {folder} -c listen_addresses='' -c fsync=off -c max_connections=120"
-        call(str(binaries / "pg_ctl"), "-D", data, "-w", "-l", f"{folder}/log", "-o", options, "start")
+        control("start")
         try:
-            yield f"postgresql+psycopg://postgres@/postgres?host={folder}"
+            yield (
+                f"postgresql+psycopg://postgres@/postgres?host={folder}",
+                lambda: control("-m", "immediate", "restart"),
+            )
         finally:
-            call(str(binaries / "pg_ctl"), "-D", data, "-m", "immediate", "-w", "stop")
+            control("-m", "immediate", "stop")
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """URL of the maintenance database of a server that all tests share."""
+    with running_postgres() as (url, _):
+        yield url
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[tuple[str, Callable[[], None]]]:
+    """A server of the test's own, and a function that restarts it."""
+    with running_postgres() as server:
+        yield server
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -30,6 +30,7 @@ class Deadline:
     origin_ms: int
     grace_ms: int
     paid_ms: int | None
+    extra_ms: int = 0  # everything is done so much earlier: the tree holds memory that takes long to give back
     fired: bool = False  # a SIGTERM or SIGKILL was sent because the deadline came
     exit_code: int | None = None  # the worker's, once it is reaped; negative: killed by that signal
     _leader: int = 0
@@ -54,6 +55,13 @@ class Deadline:
         with self._changed:
             if self.paid_ms is not None:
                 self.paid_ms = paid_ms
+            self._changed.notify()
+
+    def weigh(self) -> None:
+        """Looks how much memory the tree holds, and so how long before the deadline it must be killed."""
+        extra_ms = processes.dying_ms(processes.descendants(os.getpid()))
+        with self._changed:
+            self.extra_ms = extra_ms
             self._changed.notify()
 
     def stop_within(self, within_ms: int) -> None:
@@ -95,7 +103,12 @@ class Deadline:
     def _run(self) -> None:
         with self._changed:
             while not self._over:
-                self._changed.wait(self._act())
+                try:
+                    wait_s = self._act()
+                except OSError as error:  # whatever the system refuses for a moment, the guard stands
+                    os.write(2, f"deadline: {error}\n".encode())
+                    wait_s = _KILL_AGAIN_S
+                self._changed.wait(wait_s)
 
     def _act(self) -> float:
         """Sends what is due and returns the seconds until the next look."""
@@ -105,7 +118,7 @@ class Deadline:
             return _KILL_AGAIN_S
         if due_ms is None:
             return _LOOK_S
-        left_ms = due_ms - self.now_ms()
+        left_ms = due_ms - self.extra_ms - self.now_ms()
         if left_ms <= KILL_MARGIN_MS:
             self.fired = True
             self._kill()
@@ -113,7 +126,7 @@ class Deadline:
         if left_ms <= self.grace_ms and self._asked_ms != due_ms:
             self.fired = True
             self._asked_ms = due_ms
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._leader, signal.SIGTERM)
         ahead_ms = left_ms - (KILL_MARGIN_MS if left_ms <= self.grace_ms else max(self.grace_ms, KILL_MARGIN_MS))
         return min(max(ahead_ms, 1) / 1000, _LOOK_S)

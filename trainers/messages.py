@@ -30,6 +30,8 @@ Method = Literal["lora", "full"]
 Targets = Literal["attention", "mlp", "all-linear"]
 FailureCode = Literal["diverged", "out_of_memory", "disk", "error"]
 
+# In the environment of everything that a worker starts: the worker's folder.
+WORKER_FOLDER = "SWEEP_WORKER_FOLDER"
 MAX_COMMAND_BYTES = 4096  # PIPE_BUF on Linux: a longer write to the FIFO could be torn by a kill
 
 

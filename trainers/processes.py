@@ -13,11 +13,14 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 WATCHDOG_PID = "SWEEP_WATCHDOG_PID"  # the watchdog's pid in the worker's environment
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_DYING_MS_PER_GIB = {"RssShmem": 250.0, "RssAnon": 60.0}
+_NUM_THREADS = 17  # place in /proc/<pid>/stat after the name
 
 
 def boot_ns() -> int:
@@ -103,17 +106,35 @@ def adopt_orphans() -> None:
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
+def dying_ms(pids: Iterable[int]) -> int:
+    """Returns how long the kernel takes to end these processes beyond a moment, by the memory that they hold.
+
+    A killed process is gone when its pages are given back; pinned memory (shared, as CUDA maps it) is by far the
+    slowest. On an H100 machine 16 GiB of it took 2.1 to 3.5 s longer than the 0.2 s without. 0 where there is no /proc.
+    """
+    milliseconds = 0.0
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            held = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+            for kind, ms_per_gib in _DYING_MS_PER_GIB.items():
+                milliseconds += ms_per_gib * int(held.get(kind, "0").split()[0]) / 2**20
+    return round(milliseconds)
+
+
 def descendants(ancestor: int) -> list[int]:
     """Returns the pids of all living descendants of `ancestor`, zombies left out; [] where there is no /proc."""
     children: dict[int, list[int]] = {}
     for entry in os.scandir("/proc") if Path("/proc/self/stat").exists() else ():
         if not entry.name.isdigit():
             continue
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended while we were looking
+        # It ended while we were looking, or it is another user's that we may not look at (/proc with hidepid).
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             # The name in parentheses may itself hold spaces and parentheses, so the fields count from the last one.
-            state, parent = Path(entry.path, "stat").read_bytes().rpartition(b")")[2].split()[:2]
-            if state not in (b"Z", b"X"):
-                children.setdefault(int(parent), []).append(int(entry.name))
+            fields = Path(entry.path, "stat").read_bytes().rpartition(b")")[2].split()
+            # A process whose first thread has ended is a zombie with living threads: it must still be killed.
+            living_threads = int(fields[_NUM_THREADS]) > 1
+            if fields[0] not in (b"Z", b"X") or living_threads:
+                children.setdefault(int(fields[1]), []).append(int(entry.name))
     found: list[int] = []
     ahead = [ancestor]
     while ahead:

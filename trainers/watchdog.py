@@ -25,6 +25,7 @@ from trainers import processes
 from trainers.deadline import KILL_MARGIN_MS, Deadline
 from trainers.journal import Ballast, Journal
 from trainers.messages import (
+    WORKER_FOLDER,
     Command,
     MessageError,
     Release,
@@ -117,7 +118,7 @@ class Watchdog:
     def _start(self) -> bool:
         """Starts the worker in a group of its own; False if its command cannot be run."""
         processes.adopt_orphans()
-        environment = {**os.environ, processes.WATCHDOG_PID: str(os.getpid())}
+        marks = {processes.WATCHDOG_PID: str(os.getpid()), WORKER_FOLDER: str(self._folder)}
         with (self._folder / "worker.log").open("ab") as errors:
             try:
                 self._worker = subprocess.Popen(
@@ -126,7 +127,7 @@ class Watchdog:
                     stdout=subprocess.PIPE,
                     stderr=errors,
                     bufsize=0,
-                    env=environment,
+                    env={**os.environ, **marks},
                     process_group=0,
                 )
             except OSError as error:
@@ -189,6 +190,7 @@ class Watchdog:
         return UsageRecord(ms=ms, ended=True, exit_code=self._deadline.exit_code, why=why)
 
     def _beat(self) -> None:
+        self._deadline.weigh()
         self._append(self._usage, _line(UsageRecord(ms=self._now_ms())))
 
     def _append(self, journal: Journal, lines: bytes) -> None:

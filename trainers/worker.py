@@ -160,7 +160,8 @@ class Worker:
     def _last_ms(self) -> float:
         """When the checkpoints must begin, to be done before the watchdog's SIGTERM."""
         unsaved = sum(trial.saved_step != trial.at.step or not trial.standing for trial in self._trials.values())
-        return self._paid_ms - self._job.grace_ms - unsaved * self._save_ms_max * _SAFETY
+        leaving_ms = self._job.grace_ms + processes.dying_ms([os.getpid()])
+        return self._paid_ms - leaving_ms - unsaved * self._save_ms_max * _SAFETY
 
     def _reason_to_end(self) -> Literal["stop", "paid_time"] | None:
         if self._stop:

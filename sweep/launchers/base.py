@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from trainers.messages import Command, Event, UsageRecord, WorkerJob, parse_event, parse_usage
+from trainers.messages import WORKER_FOLDER, Command, Event, UsageRecord, WorkerJob, parse_event, parse_usage
 
 _USAGE_TAIL_BYTES = 4096
 _LOOK_S = 0.02
@@ -56,7 +56,10 @@ class Launcher(Protocol):
         """Makes sure that no watchdog will ever start in the folder; False if one lives there."""
 
     def stop(self, folder: Path) -> None:
-        """Kills worker and watchdog: the last resort, when commands are not obeyed."""
+        """Kills watchdog, worker and all that the worker started: the last resort, when commands are not obeyed.
+
+        Once they are dead, what they left behind (a daemon, whose parent is another by then) is killed.
+        """
 
     def wait_dead(self, folder: Path, timeout_s: float) -> bool:
         """Waits until worker and watchdog are gone; False if they are not by then."""
@@ -91,6 +94,22 @@ def locked(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def left_behind(folder: Path) -> list[int]:
+    """Returns the pids of living processes that the worker of `folder` started, wherever they are in the tree.
+
+    They are known by the environment that they inherited, so that a daemon is found whose watchdog was killed; [] where
+    there is no /proc.
+    """
+    mark = f"{WORKER_FOLDER}={folder}".encode()
+    found = []
+    for entry in os.scandir("/proc") if Path("/proc/self/stat").exists() else ():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                if mark in Path(entry.path, "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+    return found
 
 
 class FolderLauncher:
@@ -147,15 +166,19 @@ class FolderLauncher:
 
     def stop(self, folder: Path) -> None:
         """See Launcher. Raises OSError."""
-        # While a lock is held its owner lives, so the pid that the owner wrote down is still its own.
-        if not self.alive(folder) or not (folder / "watchdog.json").exists():
+        for pid in left_behind(folder.absolute()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if not (folder / "watchdog.json").exists():
             return
+        # While a lock is held its owner lives, so the pid that the owner wrote down is still its own.
         pids = json.loads((folder / "watchdog.json").read_text())
         with contextlib.suppress(ProcessLookupError):
             if pids["worker"] is not None and self.worker_alive(folder):
                 os.killpg(pids["worker"], signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pids["watchdog"], signal.SIGKILL)
+            if self.alive(folder):
+                os.kill(pids["watchdog"], signal.SIGKILL)
 
     def wait_dead(self, folder: Path, timeout_s: float) -> bool:
         """See Launcher."""

@@ -68,18 +68,29 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
 
 
 def write_spec(
-    folder: Path, *, cap: str, timings: bool = False, sleep: float = 0.0, name: str = "words", **search: Any
+    folder: Path,
+    *,
+    cap: str,
+    timings: bool = False,
+    sleep: float = 0.0,
+    name: str = "words",
+    machine: dict[str, Any] | None = None,
+    reserve: str | None = None,
+    **search: Any,
 ) -> Path:
-    """Writes a spec on recorded curves and returns its path. `sleep` is real seconds a token."""
+    """Writes a spec on recorded curves and returns its path.
+
+    `sleep` is real seconds a token; `machine` replaces or adds keys of that section.
+    """
     (folder / "curves.json").write_text(json.dumps(CURVES | {"sleep_seconds_per_token": sleep}))
     (folder / "timings.json").write_text(json.dumps(TIMINGS))
-    machine = {"price": "$3.60/hour", "timings": str(folder / "timings.json") if timings else None}
+    rented = {"price": "$3.60/hour", "timings": str(folder / "timings.json") if timings else None} | (machine or {})
     spec = {
         "study": name,
         "model": f"replay:{folder / 'curves.json'}",
         "data": {"train": "recorded"},
-        "machine": machine,
-        "budget": {"cap": cap},
+        "machine": rented,
+        "budget": {"cap": cap} | ({"reserve": reserve} if reserve else {}),
         "search": {"epochs": 0.125, "learning_rate": {"low": 1e-5, "high": 1e-2}} | search,
     }
     path = folder / f"{name}.yaml"
@@ -95,6 +106,7 @@ def read(folder: Path, study: str = "words") -> dict[str, Any]:
         found = {
             "trials": records.trials(connection, study),
             "evaluations": sorted(tuple(row)[1:7] for row in records.evaluations(connection, study)),
+            "study": records.study(connection, study),
             "workers": records.workers(connection, study),
             "attempts": connection.execute(select(tables.attempt)).all(),
             "accounts": {

@@ -364,3 +364,32 @@ def test_abandoned_machine_is_stopped(abandoned: Bench) -> None:
     assert abandoned.launcher.wait_dead(abandoned.folder, 12)
     assert (abandoned.root / "stopped.txt").read_text() == "stopped\n"
     assert "no release" in (abandoned.folder / "watchdog.log").read_text()
+
+
+def test_a_daemon_outlives_no_watchdog(bench: Bench) -> None:
+    """kill -9 of the watchdog takes the worker along but not its daemon, whose parent is another by then: `stop` finds
+    it by the environment that it inherited."""
+    daemon = "os.setsid()\n    if os.fork() == 0:\n        note()\n        time.sleep(600)\n    os._exit(0)\n"
+    fork = "from trainers import processes\nprocesses.die_with_parent()\nif os.fork() == 0:\n    "
+    bench.start_python(fork + daemon + SLEEP)
+    wait_until(lambda: len(bench.pids()) == 2, "the daemon")
+    os.kill(json.loads((bench.folder / "watchdog.json").read_text())["watchdog"], signal.SIGKILL)
+    assert bench.launcher.wait_dead(bench.folder, 3)
+    worker, daemon_pid = bench.pids()
+    wait_until(lambda: gone(worker), "the worker's death")
+    assert not gone(daemon_pid)
+    bench.launcher.stop(bench.folder)
+    wait_until(lambda: gone(daemon_pid), "the daemon's death")
+
+
+def test_a_process_whose_first_thread_ended_is_found() -> None:
+    """A zombie with living threads still runs: `descendants` counts it, so the deadline kills it."""
+    code = "import ctypes, threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()\n"
+    process = subprocess.Popen([sys.executable, "-c", code + "ctypes.CDLL(None).pthread_exit(None)"])
+    try:
+        state = Path(f"/proc/{process.pid}/stat")
+        wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] == "Z", "the first thread's end")
+        assert process.pid in processes.descendants(os.getpid())
+    finally:
+        process.kill()
+        process.wait()

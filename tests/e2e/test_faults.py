@@ -1,0 +1,218 @@
+"""Faults of processes and of the database while a whole study runs, through the real command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, text
+from studies import environment, kill, pids, read, spent, start, sweep, wait_for, write_spec
+
+from budgets.ledger import Ledger
+from sweep import records
+from sweep.store import Store
+
+CRASH_AT = Path(__file__).with_name("crash_at.py")
+
+
+def outcome(folder: Path) -> tuple[object, ...]:
+    """What must not depend on crashes: what was asked, how each trial ended, what was measured."""
+    found = read(folder)
+    asked = [(t.number, t.config, t.state, t.loss, t.full_loss, t.told) for t in found["trials"]]
+    return asked, found["evaluations"]
+
+
+def crash_once(folder: Path, commit: int, when: str) -> bool:
+    """Launches a study that dies at a commit, then resumes it; False if the study ended before."""
+    folder.mkdir()
+    spec = write_spec(folder, cap="$5", timings=True, trials=4, method=["lora", "full"])
+    command = [sys.executable, str(CRASH_AT), str(commit), when, "launch", str(spec), "--yes"]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return False
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    again = sweep("resume", "words", cwd=folder, check=None)
+    if again.returncode == 4:  # it died before the study was stored: launching it again is the way on
+        assert commit <= 3
+        sweep("launch", str(spec), "--yes", cwd=folder)
+    else:
+        assert again.returncode == 0, again.stderr
+    return True
+
+
+def check_crashes(tmp_path: Path, points: list[tuple[int, str]]) -> int:
+    """Proves for each point that the study ends as one that was never killed, with every cent charged once."""
+    whole = tmp_path / "whole"
+    assert not crash_once(whole, 10**9, "before")
+    expected = outcome(whole)
+    crashed = 0
+    for commit, when in points:
+        folder = tmp_path / f"{commit}-{when}"
+        if not crash_once(folder, commit, when):
+            break
+        crashed += 1
+        assert outcome(folder) == expected, f"crashed {when} commit {commit}"
+        found = read(folder)
+        assert found["held"] == 0
+        assert spent(found["accounts"]) == sum(w.tariff.cost(w.settled_ms) for w in found["workers"])
+    return crashed
+
+
+def test_an_orchestrator_that_dies_at_a_commit_changes_nothing(tmp_path: Path) -> None:
+    """Proves F3 at a few points: asked and not stored, held and not launched, launched and not noted, settled and not
+    told. `make stress` takes every commit of the study."""
+    assert check_crashes(tmp_path, [(6, "after"), (17, "before"), (41, "after")]) == 3
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(3600)
+def test_an_orchestrator_that_dies_at_any_commit_changes_nothing(tmp_path: Path) -> None:
+    """Proves F3 before and after every commit of a study, Optuna's included."""
+    points = [(commit, when) for commit in range(1, 10_000) for when in ("before", "after")]
+    crashed = check_crashes(tmp_path, points)
+    print(json.dumps({"crash_points": crashed, "outcomes": 1}))
+    assert crashed > 100
+
+
+def test_an_orchestrator_that_was_taken_over_writes_nothing_more(tmp_path: Path) -> None:
+    """Proves F5: under a newer fence the old orchestrator's next settlement is refused, and it leaves with exit 6."""
+    spec = write_spec(tmp_path, cap="$0.5", sleep=0.002, trials=4)
+    process = start("launch", str(spec), "--yes", cwd=tmp_path)
+    out = tmp_path / "out.txt"
+    wait_for(lambda: out.exists() and "trial 0 starts" in out.read_text())
+    store = Store(f"sqlite:///{tmp_path}/studies.db")
+    with store.write() as connection:  # what another machine would do, on which no file lock says that we are here
+        study = records.study(connection, "words")
+        records.set_study(connection, "words", fence=study.fence + 1)
+        Ledger(connection, "words").take_over(study.fence + 1)
+    store.dispose()
+    assert process.wait(timeout=60) == 6
+    assert "took study words over" in out.read_text()
+    sweep("resume", "words", cwd=tmp_path)
+    found = read(tmp_path)
+    assert found["held"] == 0 and len(found["trials"]) == 4
+
+
+def test_a_worker_that_lives_without_progress_is_not_paid_on(tmp_path: Path) -> None:
+    """Proves F24: the watchdog's heartbeat goes on, the trainer stands still; its time is not renewed, it is dead at
+    paid_ms, charged, and the study goes on with another worker."""
+    spec = write_spec(tmp_path, cap="$0.5", sleep=0.0005, trials=4)
+    process = start("launch", str(spec), "--yes", cwd=tmp_path)
+    out = tmp_path / "out.txt"
+    wait_for(lambda: out.exists() and "promoted" in out.read_text())
+    os.kill(pids(tmp_path)["worker"], signal.SIGSTOP)
+    assert process.wait(timeout=150) == 0
+    first, second = read(tmp_path)["workers"]
+    assert first.why == "paid_until" and first.settled_ms <= first.paid_ms
+    usage = [json.loads(line) for line in (Path(first.folder) / "usage.jsonl").read_text().splitlines()]
+    assert usage[-1]["ended"] and usage[-1]["ms"] == first.settled_ms
+    assert second.exit_code == 0
+
+
+@pytest.mark.stress
+def test_a_stopped_watchdog_is_ended_by_the_orchestrator(tmp_path: Path) -> None:
+    """Proves that nobody spends on behind a watchdog that hangs: both are killed soon after the paid time."""
+    spec = write_spec(tmp_path, cap="$0.5", sleep=0.0005, trials=4)
+    process = start("launch", str(spec), "--yes", cwd=tmp_path)
+    out = tmp_path / "out.txt"
+    wait_for(lambda: out.exists() and "promoted" in out.read_text())
+    both = pids(tmp_path)
+    for victim in ("watchdog", "worker"):
+        os.kill(both[victim], signal.SIGSTOP)
+    assert process.wait(timeout=150) == 0
+    first, _ = read(tmp_path)["workers"]
+    assert first.settled_ms < first.paid_ms + 10_000
+
+
+def test_a_watchdog_that_died_alone_is_charged_to_its_last_heartbeat(tmp_path: Path) -> None:
+    """Proves that a slice without a last record is settled to the heartbeats: at most one more than was used."""
+    spec = write_spec(tmp_path, cap="$0.5", sleep=0.001, trials=3)
+    process = start("launch", str(spec), "--yes", cwd=tmp_path)
+    out = tmp_path / "out.txt"
+    wait_for(lambda: out.exists() and "trial 0 starts" in out.read_text())
+    process.kill()
+    process.wait()
+    (worker,) = read(tmp_path)["workers"]
+    kill(pids(tmp_path)["watchdog"])
+    died = time.clock_gettime(time.CLOCK_BOOTTIME) * 1000 - worker.origin_boot_ms
+    time.sleep(4)
+    sweep("resume", "words", "--cap", "$0.3", cwd=tmp_path, check=None)
+    first = read(tmp_path)["workers"][0]
+    assert "a heartbeat after" in first.why
+    assert died - 100 <= first.settled_ms <= died + 1_500 < first.paid_ms
+
+
+def test_what_expired_is_refunded_when_a_record_turns_up(tmp_path: Path) -> None:
+    """Proves item 4 of the ledger: without any record the slice is charged in full, on evidence the rest returns."""
+    spec = write_spec(tmp_path, cap="$0.5", sleep=0.001, trials=3)
+    process = start("launch", str(spec), "--yes", cwd=tmp_path)
+    out = tmp_path / "out.txt"
+    wait_for(lambda: out.exists() and "trial 0 starts" in out.read_text())
+    process.kill()
+    process.wait()
+    (worker,) = read(tmp_path)["workers"]
+    usage = Path(worker.folder) / "usage.jsonl"
+    wait_for(lambda: '"ended":true' in usage.read_text().replace(" ", ""), seconds=60)
+    kill(pids(tmp_path)["watchdog"])  # it waits for a release that nobody sends
+    record = usage.read_bytes()
+    used = json.loads(record.splitlines()[-1])["ms"]
+    usage.unlink()  # the folder was out of reach
+    resume = start("resume", "words", cwd=tmp_path)
+    wait_for(lambda: "worker 2 starts" in out.read_text())
+    resume.send_signal(signal.SIGINT)
+    resume.wait(timeout=60)
+    before = read(tmp_path)
+    charged = before["workers"][0]
+    assert charged.settled_ms == charged.paid_ms > used
+    assert any("charged in full" in entry for entry in before["log"])
+    usage.write_bytes(record)
+    sweep("resume", "words", cwd=tmp_path)
+    found = read(tmp_path)
+    assert found["workers"][0].settled_ms == used
+    assert any(row.kind == "refund" and row.reverses_id for row in found["transfers"])
+    assert spent(found["accounts"]) == sum(w.tariff.cost(w.settled_ms) for w in found["workers"])
+
+
+def test_an_old_copy_of_the_database_is_noticed(tmp_path: Path) -> None:
+    """Proves F12: a copy without its write-ahead log is consistent, and yet the audit refuses it with exit 5."""
+    spec = write_spec(tmp_path, cap="$0.5", sleep=0.0005, trials=4)
+    process = start("launch", str(spec), "--yes", cwd=tmp_path)
+    database, out = tmp_path / "studies.db", tmp_path / "out.txt"
+    wait_for(lambda: out.exists() and "starts" in out.read_text())
+    copy = database.read_bytes()  # without studies.db-wal, as a careless backup does it
+    assert process.wait(timeout=90) == 0
+    for path in tmp_path.glob("studies.db*"):
+        path.unlink()
+    database.write_bytes(copy)
+    refused = sweep("audit", "words", cwd=tmp_path, check=None)
+    assert refused.returncode in {4, 5}, refused.stderr
+    assert refused.returncode == 4 or "-wal" in refused.stderr
+    assert sweep("resume", "words", cwd=tmp_path, check=None).returncode == refused.returncode
+
+
+def test_a_study_outlives_a_restart_of_postgresql(tmp_path: Path, own_postgres: tuple[str, Callable[[], None]]) -> None:
+    """Proves F9 and F10 for a whole study: its connections are cut, the server restarts; it goes on by itself."""
+    url, restart = own_postgres
+    spec = write_spec(tmp_path, cap="$0.5", sleep=0.0008, trials=5)
+    process = start("launch", str(spec), "--yes", "--storage", url, cwd=tmp_path)
+    out = tmp_path / "out.txt"
+    wait_for(lambda: out.exists() and "starts" in out.read_text())
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        everyone = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+        connection.execute(text(everyone + " AND backend_type = 'client backend'"))
+    engine.dispose()
+    wait_for(lambda: "trying again" in out.read_text())
+    time.sleep(1)
+    restart()
+    assert process.wait(timeout=120) == 0, out.read_text()[-2000:]
+    assert sweep("audit", "words", "--storage", url, cwd=tmp_path).stderr == ""
+    status = json.loads(sweep("status", "words", "--json", "--storage", url, cwd=tmp_path).stdout)
+    assert status["trials"] == 5 and status["held"]["micros"] == 0
