@@ -30,7 +30,9 @@ from trainers.messages import BaseEvaluated, Evaluated, Event, Ready, Release, S
 
 POLL_SECONDS = 0.02
 STOP_MS = 25_000  # a worker that is told to stop has this long to checkpoint
-SILENCE_MS = 15_000  # without a report for this long (or three tails, or six usual gaps) the next slice is not paid
+# Without a report for so long (or three tails, or six usual gaps) the next slice is not paid. A first step may compile
+# for minutes, but more than a slice is not bet on it.
+SILENCE_MS, LONG_SILENCE_MS = 15_000, 120_000
 LATE_MS = 5_000  # a worker that lives so long beyond its paid time has no watchdog that works
 MAX_DEATHS = 3  # workers that die in a row without training anything
 MAX_REFUSED = 2  # trials asked in a row that could not be paid
@@ -185,7 +187,8 @@ class Sweep:
     def _renewal_due(self, worker: WorkerRow) -> bool:
         now, lengths = self.workers.now_ms(worker), self._lengths
         loading = lengths.load if worker.state != "ready" else 0
-        if now - worker.at_ms > max(SILENCE_MS, 3 * lengths.tail, 6 * self._gap_ms, loading):
+        patience = max(SILENCE_MS, min(lengths.slice, LONG_SILENCE_MS), 3 * lengths.tail, 6 * self._gap_ms, loading)
+        if now - worker.at_ms > patience:
             return False  # alive is not enough: a hung worker's time is not paid on
         # Early enough that the worker, which ends before a step that would pass work_ms, never has to.
         return worker.work_ms - now < lengths.slice * 2 // 3

@@ -35,13 +35,23 @@ def test_every_command_in_the_readme_exists() -> None:
 
 def test_every_file_that_the_documents_name_exists() -> None:
     """Proves that links and paths in the documents lead somewhere."""
-    for document in (ROOT / "README.md", ROOT / "docs" / "architecture.md"):
+    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("[!c]*.md")), ROOT / "CONTRIBUTING.md"):
         text = document.read_text()
         named = set(re.findall(r"`((?:sweep|trainers|budgets|docs|examples)/[\w./-]+)`", text))
         for path in named:
             assert (ROOT / path).exists(), f"{document.name} names {path}"
         for link in re.findall(r"\]\(([^)h#][^)]*)\)", text):
             assert (document.parent / link).exists(), f"{document.name} links to {link}"
+
+
+def test_every_test_that_the_faults_name_exists() -> None:
+    """Proves that the table of faults names tests that there are, and all of F1 to F26."""
+    text = (ROOT / "docs" / "faults.md").read_text()
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    known = set(re.findall(r"def (test_\w+)", sources))
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert len(named) > 40 and named <= known, sorted(named - known)
+    assert re.findall(r"^\| (F\d+) \|", text, flags=re.MULTILINE) == [f"F{n}" for n in range(1, 27)]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)

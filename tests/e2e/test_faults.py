@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from beancount import loader
 from sqlalchemy import create_engine, text
 from studies import environment, kill, pids, read, spent, start, sweep, wait_for, write_spec
 
@@ -79,6 +80,25 @@ def test_an_orchestrator_that_dies_at_any_commit_changes_nothing(tmp_path: Path)
     crashed = check_crashes(tmp_path, points)
     print(json.dumps({"crash_points": crashed, "outcomes": 1}))
     assert crashed > 100
+
+
+def test_a_wrong_wall_clock_changes_nothing(tmp_path: Path) -> None:
+    """Proves F13 and F16: with a clock that jumps by days and to 1970, in another time zone, the study asks, measures
+    and charges the same; its books still add up under beancount."""
+    outcomes = []
+    for name, script in (("right", []), ("wrong", [str(CRASH_AT.with_name("wrong_clock.py"))])):
+        folder = tmp_path / name
+        folder.mkdir()
+        spec = write_spec(folder, cap="$5", timings=True, trials=4)
+        command = [sys.executable, *(script or ["-m", "sweep"]), "launch", str(spec), "--yes"]
+        zone = environment() | ({"TZ": "Pacific/Kiritimati"} if script else {})
+        subprocess.run(command, cwd=folder, env=zone, capture_output=True, check=True)
+        found = read(folder)
+        moved = [(t.seq, t.kind, t.debit, t.credit, t.amount_micros) for t in found["transfers"]]
+        outcomes.append((outcome(folder), moved, [w.settled_ms for w in found["workers"]]))
+        books = sweep("statement", "words", "--format", "beancount", cwd=folder).stdout
+        assert loader.load_string(books)[1] == []
+    assert outcomes[0] == outcomes[1]
 
 
 def test_an_orchestrator_that_was_taken_over_writes_nothing_more(tmp_path: Path) -> None:
