@@ -315,6 +315,14 @@ class Ledger:
 
     # Reading
 
+    def reconciled(self) -> bool:
+        """Whether a bill was ever compared with the books and differed."""
+        bills = transfer.c.id.startswith(f"charge:{self.study}:bill:", autoescape=True) | transfer.c.id.startswith(
+            f"refund:{self.study}:bill:", autoescape=True
+        )
+        found = select(func.count()).where(transfer.c.study == self.study, bills)
+        return bool(self.connection.execute(found).scalar_one())
+
     def open_holds(self) -> dict[str, int]:
         """Returns the open holds and their amounts in micro-dollars."""
         rows = self.connection.execute(

@@ -15,6 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from budgets.ledger import Ledger
 from budgets.money import usd
 from sweep import clock, pricing, records, tables
+from sweep.audit import MARK
 from sweep.errors import DiskError, SweepError, UnusableError, UsageError
 from sweep.plan import lengths
 from sweep.pricing import Quote
@@ -141,8 +142,13 @@ def exists(name: str) -> UsageError:
     return UsageError(f"study {name} exists already", f"sweep resume {name}, or launch under another --study name")
 
 
-def refuse_taken(store: Store, name: str) -> None:
-    """Raises UsageError if there is a study of this name: seen before the data is prepared again under it."""
+def refuse_taken(store: Store, name: str, folder: Path) -> None:
+    """Raises UsageError if there is a study of this name, or what one left, before anything is prepared under it."""
     with store.read() as connection:
         if name in records.study_names(connection):
             raise exists(name)
+    if any((folder / trace).exists() for trace in (MARK, "workers")):
+        raise UsageError(
+            f"{folder} is another study's, which this database does not hold",
+            "remove the folder if it is of no use any more, or launch under another --study name",
+        )

@@ -16,7 +16,7 @@ from budgets.ledger import Ledger
 from budgets.money import usd
 from sweep import endgame, pricing, records, rungs, space, tables, telling, triage
 from sweep.apply import apply
-from sweep.errors import BudgetError, DiskError, Interrupted, WorkerError
+from sweep.errors import BudgetError, DiskError, Interrupted, StoreError, WorkerError
 from sweep.instruct import Instructor
 from sweep.launchers.base import Launcher
 from sweep.projection import projector_of
@@ -72,6 +72,7 @@ class Sweep:
         self._stopping = False
         self._refused = 0
         self._deaths = 0
+        self._unreleased: Path | None = None  # the folder of a worker that ended, whose watchdog waits for a word
         self._trained_before = 0
         self._disk_message = ""
         self._first_step = True
@@ -89,8 +90,17 @@ class Sweep:
     def run(self) -> None:
         """Steps until nothing runs and nothing more is affordable or worth its price.
 
-        Raises Interrupted after a request to stop, DiskError, WorkerError, InvariantError.
+        Raises Interrupted after a request to stop, DiskError, WorkerError, InvariantError, StoreError.
         """
+        try:
+            self._run()
+        except StoreError:
+            self._let_go(stop=False)  # it is tried again, or another orchestrator goes on
+            raise
+        finally:
+            self._let_go(stop=not self.interrupted)
+
+    def _run(self) -> None:
         self.workers.recover()
         reattached = self._worker()
         self.instructor.reattached = reattached.id if reattached else None
@@ -130,9 +140,10 @@ class Sweep:
         """Puts the study, and its living worker, under a price that was changed since the last look."""
         with self.store.read() as connection:
             micros, ceiling, boot_id, boot_ms = pricing.newest(connection, self.name)
-        if not micros or (micros, ceiling) == (self.study.tariff.now, self.study.tariff.ceiling):
-            return
         worker = self._worker()
+        known = [self.study.tariff, *([worker.tariff] if worker else [])]
+        if not micros or all((tariff.now, tariff.ceiling) == (micros, ceiling) for tariff in known):
+            return
         with self.store.write() as connection:
             self.study = self.workers.study = records.own_study(connection, self.name, self.study.fence)
             if worker is not None:
@@ -211,8 +222,7 @@ class Sweep:
             trained = sum(row.tokens for row in connection.execute(mine))
         self.workers.bury(worker, observed=True)
         self.instructor.forget()
-        ends = (self._stopping or worker.final) and not self.interrupted
-        self.launcher.send(folder, Release(fence=self.study.fence, stop=ends))
+        self._unreleased = folder
         if lost_disk:
             self._disk_message = f"the disk is full: {worker.why.removeprefix('disk: ')}"
             self._stopping = True
@@ -223,6 +233,12 @@ class Sweep:
                 f"the worker died {self._deaths} times without training anything ({worker.why or 'killed'})",
                 f"see {folder / 'worker.log'}, then: sweep resume {self.name}",
             )
+
+    def _let_go(self, *, stop: bool) -> None:
+        """Releases the watchdog of the worker that ended, which waits to hear whether the machine is still needed."""
+        if self._unreleased is not None:
+            self.launcher.send(self._unreleased, Release(fence=self.study.fence, stop=stop))
+            self._unreleased = None
 
     # Judge
 
@@ -255,7 +271,7 @@ class Sweep:
                 # Another one's turn, unless swapping costs more than it gives.
                 others = any(t.state == "waiting" for t in trials)
                 yields = others and (trial.config.method == "lora" or self.projector.parking_pays(trial))
-                state, turn = ("waiting", self._next_turn(trials)) if yields else ("live", trial.turn)
+                state, turn = ("waiting", records.next_turn(trials)) if yields else ("live", trial.turn)
                 self._change(trial, state, f"promoted: {judgement.reason}", target=trial.rung + 1, turn=turn)
 
     def _change(self, trial: TrialRow, state: str, reason: str, **values: int) -> None:
@@ -330,14 +346,14 @@ class Sweep:
             self._launch()
         elif worker is not None and worker.state == "ready":
             for trial in waiting:
-                if self._slot_free(worker, trial, trials):
+                if records.slot_free(worker, trial, trials):
                     self._admit(worker, trial)
                     trials, _ = self._trials()
         self._instruct()
 
     def _launch(self) -> None:
         try:
-            self.workers.launch()
+            self.workers.launch(before_start=lambda: self._let_go(stop=False))
         except BudgetError:
             with self.store.read() as connection:
                 if not records.workers(connection, self.name):
@@ -366,7 +382,7 @@ class Sweep:
         woken = replace(trial, state="waiting", target=max(trial.target, trial.rung + 1))
         if not self._affordable(woken, trials, results):
             return False
-        self._change(woken, "waiting", reason, target=woken.target, turn=self._next_turn(trials))
+        self._change(woken, "waiting", reason, target=woken.target, turn=records.next_turn(trials))
         return True
 
     def _affordable(self, trial: TrialRow, trials: list[TrialRow], results: Results) -> bool:
@@ -400,7 +416,7 @@ class Sweep:
         config = space.config(number, chosen, search, examples, seed)
         affordable = self._affordable(records.newcomer(config), trials, results)
         with self.store.write() as connection:
-            records.add_trial(connection, self.name, config, self._next_turn(trials))
+            records.add_trial(connection, self.name, config, records.next_turn(trials))
             records.note(connection, self.name, "asked", f"trial {number}: {space.describe(config)}", number)
         if affordable:
             self._refused = 0
@@ -413,14 +429,6 @@ class Sweep:
             self._end(records.newcomer(config), "pruned", reason)
         return True
 
-    @staticmethod
-    def _slot_free(worker: WorkerRow, trial: TrialRow, trials: list[TrialRow]) -> bool:
-        """A worker trains one method at a time, so many at once as it has slots."""
-        # One that was told to leave has left by the time the worker reads the next command.
-        seated = [t for t in trials if t.slot == worker.id and t.state in {"live", "judging"}]
-        same = all(t.config.method == trial.config.method for t in seated)
-        return same and len(seated) < worker.slots.get(trial.config.method, 0)
-
     def _admit(self, worker: WorkerRow, trial: TrialRow) -> None:
         with self.store.write() as connection:
             mine = (tables.attempt.c.study == self.name) & (tables.attempt.c.trial == trial.number)
@@ -429,10 +437,6 @@ class Sweep:
             values = {"study": self.name, "trial": trial.number, "worker": worker.id, "tokens": trial.tokens}
             connection.execute(tables.attempt.insert().values(id=attempt, from_tokens=trial.tokens, **values))
             records.set_trial(connection, self.name, trial.number, state="live", slot=worker.id, attempt=attempt)
-
-    @staticmethod
-    def _next_turn(trials: list[TrialRow]) -> int:
-        return max((t.turn for t in trials), default=0) + 1
 
     # Instruct
 

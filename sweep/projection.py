@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection
 
-from budgets.forecast import NOTHING, Forecast, Seconds, Work, flops_per_token
+from budgets.forecast import Forecast, Piece, Seconds, Work, flops_per_token
 from sweep import records
 from sweep.pricing import SECONDS_A_TOKEN
 from sweep.records import Study, TrialRow
@@ -20,6 +21,8 @@ PRIOR_FLOPS = {"H200": 1.5e14, "H100": 1.5e14, "B200": 2.5e14, "A100": 8e13, "L4
 OTHER_GPU_FLOPS = 3e13
 CORE_FLOPS = 5e10
 DISK_BYTES_PER_SECOND = 4e8
+COMPILE_SECONDS = 60.0
+USUAL_BATCH, USUAL_ROW = 8, 512  # examples a step and tokens an example; only what differs from them has a factor
 START_SECONDS = {False: 10.0, True: 2.0}  # interpreter, imports, the check of the loss; a replay has none of them
 FREE = 1e-6  # seconds of what costs nothing where tokens are paid for
 
@@ -54,11 +57,24 @@ def plan(facts: dict[str, Any]) -> Plan:
 class Projector:
     """Forecasts for one study on one machine; learns from every measurement that it is shown."""
 
-    def __init__(self, plan: Plan, parameters: int, device: str, cores: int, unit: str = "hour") -> None:
-        """`unit` Mtok: the meter runs on tokens (sweep/pricing.py), so what a token takes is known."""
+    def __init__(
+        self,
+        plan: Plan,
+        parameters: int,
+        device: str,
+        cores: int,
+        unit: str = "hour",
+        per_rank: Mapping[str, int] | None = None,
+    ) -> None:
+        """`unit` Mtok: the meter runs on tokens (sweep/pricing.py), so what a token takes is known.
+
+        `per_rank`: by targets, how many parameters an adapter has for each unit of rank, where the launch saw them.
+        """
         self.plan = plan
         self.parameters = parameters
         self.forecast = Forecast()
+        self._per_rank = per_rank or {}
+        self._run_tokens = plan.run_tokens
         known = (speed for name, speed in PRIOR_FLOPS.items() if name in device.upper())
         self._metered_by_token = unit == "Mtok"
         self._replayed = device == "replay"
@@ -69,14 +85,20 @@ class Projector:
         self.forecast.observe(self._train(config), row.train_tokens, row.train_ms / 1000)
         self.forecast.observe(self._evaluate(), row.evaluate_tokens, row.evaluate_ms / 1000)
         self.forecast.observe(self._piece("checkpoint", config.method), 1, row.checkpoint_ms / 1000)
+        if row.full_loss is not None:  # at its end; all trials of a study train on the same examples
+            self._run_tokens = row.tokens
 
     def observe_load(self, ms: int) -> None:
         """Learns how long a worker took to get ready."""
         self.forecast.observe(self._piece("load", "lora"), 1, ms / 1000)
 
+    def observe_compile(self, ms: int) -> None:
+        """Learns how long a worker compiled in its whole life; one that compiled nothing says nothing."""
+        self.forecast.observe(self._piece("compile", "lora"), 1, ms / 1000)
+
     def load(self) -> Seconds:
-        """From the launch of a worker until it is ready."""
-        return self.forecast.seconds(self._piece("load", "lora"))
+        """From the launch of a worker until it is ready, and what it then compiles, where workers do."""
+        return self.forecast.total(self._start())
 
     def tail(self, methods: tuple[str, ...], slots: int) -> Seconds:
         """A last evaluation and the checkpoints of all slots."""
@@ -96,23 +118,27 @@ class Projector:
         """A stretch of training."""
         return self.forecast.seconds(self._train(config), tokens)
 
-    def to_target(self, trial: TrialRow, target: int | None = None) -> Seconds:
+    def to_target(self, trial: TrialRow) -> Seconds:
         """From where the trial stands to its next decision: training, evaluation, checkpoint, its slot."""
-        goal = trial.target if target is None else target
-        tokens = (self.plan.until(goal) or self.plan.run_tokens) - trial.tokens
-        rows = self.plan.validation_tokens if goal >= self.plan.last else self.plan.rung_tokens
-        seconds = self.train(trial.config, tokens) + self.forecast.seconds(self._evaluate(), rows)
-        seconds += self.forecast.seconds(self._piece("checkpoint", trial.config.method))
-        return seconds + (self._restore(trial) if trial.slot is None and trial.checkpoint else NOTHING)
+        return self.forecast.total(self._next(trial))
 
     def to_end(self, trial: TrialRow) -> Seconds:
         """From where the trial stands through all rungs to its end."""
-        first = max(trial.target, trial.rung + 1)
-        seconds = self.to_target(trial, self.plan.last)
-        for _ in range(first, self.plan.last):
-            seconds += self.forecast.seconds(self._evaluate(), self.plan.rung_tokens)
-            seconds += self.forecast.seconds(self._piece("checkpoint", trial.config.method))
-        return seconds
+        return self.forecast.total(self._whole(trial))
+
+    def ahead(self, running: Sequence[TrialRow], leader: TrialRow | None, launch: bool) -> Seconds:
+        """All that is still to come: the next decision of those who run, the leader's way to its end, a worker's start.
+
+        The sum of what `to_target`, `to_end` and `load` say, with the interval of the sum.
+        """
+        pieces = self._start() if launch else []
+        for trial in running:
+            pieces += self._next(trial)
+        if leader is not None and any(trial.number == leader.number for trial in running):
+            pieces += self._way(leader.config, self._until(leader.target), leader.target + 1, self.plan.last)
+        elif leader is not None:
+            pieces += self._whole(leader)
+        return self.forecast.total(pieces)
 
     def parking_pays(self, trial: TrialRow) -> bool:
         """Whether writing and reading the trial's state is cheaper than training it again up to here."""
@@ -122,15 +148,45 @@ class Projector:
     def _restore(self, trial: TrialRow) -> Seconds:
         return self.forecast.seconds(self._piece("restore", trial.config.method))
 
+    def _until(self, target: int) -> int:
+        return self.plan.until(target) or self._run_tokens
+
+    def _next(self, trial: TrialRow) -> list[Piece]:
+        return self._seat(trial) + self._way(trial.config, trial.tokens, trial.target, trial.target)
+
+    def _whole(self, trial: TrialRow) -> list[Piece]:
+        first = max(trial.target, trial.rung + 1)
+        return self._seat(trial) + self._way(trial.config, trial.tokens, first, self.plan.last)
+
+    def _way(self, config: TrialConfig, tokens: int, first: int, last: int) -> list[Piece]:
+        """Training from `tokens` on through the rungs from `first` to `last`, and what is done at each of them."""
+        if first > last:
+            return []
+        pieces: list[Piece] = [(self._train(config), self._until(last) - tokens)]
+        for target in range(first, last + 1):
+            seen = self.plan.validation_tokens if target >= self.plan.last else self.plan.rung_tokens
+            pieces += [(self._evaluate(), seen), (self._piece("checkpoint", config.method), 1)]
+        return pieces
+
+    def _seat(self, trial: TrialRow) -> list[Piece]:
+        parked = trial.slot is None and trial.checkpoint
+        return [(self._piece("restore", trial.config.method), 1)] if parked else []
+
+    def _start(self) -> list[Piece]:
+        kinds = ["load", "compile"] if self.forecast.measured("compile") else ["load"]
+        return [(self._piece(kind, "lora"), 1) for kind in kinds]
+
     def _train(self, config: TrialConfig) -> Work:
         features = {
             "full": float(config.method == "full"),
-            "log_batch": math.log(config.batch_size / 8),
+            "log_batch": math.log(config.batch_size / USUAL_BATCH),
+            "log_row": math.log(self.plan.run_tokens / self.plan.examples / USUAL_ROW),
             "attention": float(config.targets == "attention"),
             "mlp": float(config.targets == "mlp"),
             "rank": (config.rank or 0) / 64,
         }
-        prior = flops_per_token(self.parameters, config.method) / self._flops
+        adapter = (config.rank or 0) * self._per_rank.get(config.targets or "", 0)
+        prior = flops_per_token(self.parameters, config.method, adapter) / self._flops
         prior = SECONDS_A_TOKEN if self._metered_by_token else prior
         return Work("train", prior, features, owner=str(config.number))
 
@@ -142,19 +198,27 @@ class Projector:
         full = method == "full"
         state = 14.0 * self.parameters / DISK_BYTES_PER_SECOND if full else 0.1
         start = START_SECONDS[self._replayed] + 4.0 * self.parameters / DISK_BYTES_PER_SECOND
-        prior = start if kind == "load" else 0.1 + state
+        prior = {"load": start, "compile": COMPILE_SECONDS}.get(kind, 0.1 + state)
         prior = FREE if self._metered_by_token else prior
         return Work(kind, prior, {"full": float(full)})
 
 
+def untaught(study: Study) -> Projector:
+    """The forecasts of a study before anything was measured."""
+    facts = study.facts
+    per_rank = facts.get("trained_parameters_per_rank")
+    return Projector(plan(facts), facts["parameters"], facts["device"], facts["cores"], study.unit, per_rank)
+
+
 def projector_of(study: Study, connection: Connection) -> Projector:
     """Builds the forecasts of a study from everything that was measured."""
-    facts = study.facts
-    projector = Projector(plan(facts), facts["parameters"], facts["device"], facts["cores"], study.unit)
+    projector = untaught(study)
     configs = {t.number: t.config for t in records.trials(connection, study.name)}
     for row in records.evaluations(connection, study.name):
         projector.observe_evaluation(configs[row.trial], row)
     for worker in records.workers(connection, study.name):
         if worker.load_ms is not None:
             projector.observe_load(worker.load_ms)
+        if worker.state == "ended":  # one that lives may compile more
+            projector.observe_compile(worker.usage.get("compile", 0))
     return projector

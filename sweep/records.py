@@ -200,6 +200,19 @@ def newcomer(config: TrialConfig) -> TrialRow:
     )
 
 
+def slot_free(worker: WorkerRow, trial: TrialRow, trials: Sequence[TrialRow]) -> bool:
+    """Whether a trial can be seated: a worker trains one method at a time, so many at once as it has slots."""
+    # One that was told to leave has left by the time the worker reads the next command.
+    seated = [t for t in trials if t.slot == worker.id and t.state in {"live", "judging"}]
+    same = all(t.config.method == trial.config.method for t in seated)
+    return same and len(seated) < worker.slots.get(trial.config.method, 0)
+
+
+def next_turn(trials: Sequence[TrialRow]) -> int:
+    """The turn of one that comes last."""
+    return max((t.turn for t in trials), default=0) + 1
+
+
 def add_trial(connection: Connection, name: str, config: TrialConfig, turn: int) -> None:
     """Adds a waiting trial."""
     text = json.dumps(dataclasses.asdict(config))

@@ -14,7 +14,8 @@ from budgets.ledger import Balances, CapTooLow, HoldClosed, HoldsOpen, Ledger
 from budgets.money import usd
 from sweep import records
 from sweep.audit import violations
-from sweep.errors import InvariantError, StoreUnavailableError, StudyBusyError, UsageError
+from sweep.errors import InvariantError, StoreUnavailableError, StudyBusyError, UsageError, WorkerError
+from sweep.launchers.base import LaunchError
 from sweep.launchers.local import LocalLauncher
 from sweep.loop import Stopping, Sweep
 from sweep.records import Study
@@ -84,6 +85,10 @@ def _run(store: Store, study: Study, stopping: Stopping, notify: Callable[[], No
     memory = Memory(store, study.name, study.spec.seed)
     try:
         Sweep(store, study.name, LocalLauncher(), memory, stopping, notify).run()
+    except LaunchError as error:
+        raise WorkerError(
+            str(error), f"see {Path(study.folder) / 'workers'}, then: sweep resume {study.name}"
+        ) from error
     finally:
         memory.close()
 

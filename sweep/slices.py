@@ -123,7 +123,11 @@ def expire(connection: Connection, study: Study, worker: WorkerRow, rest: str, n
     if tariff.ceiling > tariff.now:
         tariff = tariff.changed(worker.settled_ms, tariff.ceiling, tariff.ceiling)
     weights = charges(tariff, worker.settled_ms, worker.paid_ms, worker.settled_usage, worker.usage, rest)
-    Ledger(connection, study.name).expire(worker.hold, weights or {account_of(rest): 1}, fence=study.fence, note=note)
+    ledger = Ledger(connection, study.name)
+    if sum(weights.values()) == ledger.open_holds()[worker.hold]:
+        ledger.expire(worker.hold, weights or {account_of(rest): 1}, fence=study.fence, note=note)
+    else:  # a price that changed left the hold larger or smaller than what the time costs
+        ledger.settle(worker.hold, weights, fence=study.fence, note=note)
     records.set_worker(connection, worker.id, settled_ms=worker.paid_ms, tariff=tariff)
 
 

@@ -88,6 +88,8 @@ class MachineSpec(_Section):
             raise ValueError("market: spot needs `on_demand`, the ceiling of its price, or a listed `gpu`")
         if unit == "Mtok" and (self.timings or self.minimum_seconds or self.quantum_seconds):
             raise ValueError("a price a million tokens has no timings, minimum_seconds or quantum_seconds")
+        if unit == "Mtok" and self.billed_from == "boot":
+            raise ValueError("a price a million tokens is not billed from the boot: a machine that waits costs nothing")
         return self
 
 

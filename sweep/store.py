@@ -24,7 +24,14 @@ from sqlalchemy.schema import CreateColumn
 
 from budgets import schema as ledger_tables
 from sweep import tables
-from sweep.errors import NotFoundError, OutcomeUnknownError, StoreError, StoreUnavailableError, StudyBusyError
+from sweep.errors import (
+    DiskError,
+    NotFoundError,
+    OutcomeUnknownError,
+    StoreError,
+    StoreUnavailableError,
+    StudyBusyError,
+)
 
 DEFAULT_STORAGE = "sqlite:///studies.db"
 BUSY_MS = 30_000  # how long a transaction waits for another's lock
@@ -187,8 +194,15 @@ class Store:
 
         On one machine a file lock says so; on PostgreSQL a session's advisory lock says it to all machines.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "orchestrator.lock").open("a") as file, contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / "orchestrator.lock").open("a")
+        except OSError as error:
+            raise DiskError(
+                f"the study's folder {folder} cannot be used: {error.strerror}",
+                "resume it on the machine, and as the user, that launched it",
+            ) from error
+        with lock as file, contextlib.ExitStack() as stack:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

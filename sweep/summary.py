@@ -13,9 +13,9 @@ from budgets.ledger import Balances, Ledger, trial_account
 from budgets.money import MICROS
 from budgets.schema import transfer
 from budgets.statement import statement as draw_up
-from sweep import records, space, triage
+from sweep import records, rungs, space, triage
 from sweep.errors import NotFoundError
-from sweep.projection import projector_of
+from sweep.projection import Projector, projector_of
 from sweep.records import Study, TrialRow, WorkerRow
 from sweep.rungs import Results
 
@@ -148,7 +148,9 @@ def status(connection: Connection, name: str, now_ms: dict[str, int] | None = No
     rows = records.trials(connection, name)
     balances = Ledger(connection, name).balances()
     worker = next(iter(records.workers(connection, name, living=True)), None)
-    projected, low, high = _projected(connection, study, rows, balances, worker, now_ms or {})
+    projector = projector_of(study, connection)
+    projected, low, high = _projected(connection, study, rows, balances, worker, now_ms or {}, projector)
+    held = projector.forecast.calibration("train")
     ranked = trials(connection, name)
     counts: dict[str, int] = {}
     for row in rows:
@@ -165,6 +167,7 @@ def status(connection: Connection, name: str, now_ms: dict[str, int] | None = No
         "projected": money(projected),
         "projected_low": money(low),
         "projected_high": money(high),
+        "forecasts": None if held is None else dataclasses.asdict(held),
         "frozen": balances.frozen,
         "overrun": money(balances.overrun),
         "micros_per_hour": study.micros_per_hour,
@@ -189,22 +192,27 @@ def _projected(
     balances: Balances,
     worker: WorkerRow | None,
     now_ms: dict[str, int],
+    projector: Projector,
 ) -> tuple[int, int, int]:
     """Projected spend and its 80 % interval, in micro-dollars."""
     running = [t for t in rows if t.state in {"live", "waiting"}]
     if worker is None and not running:
         return balances.spent, balances.spent, balances.spent
-    projector = projector_of(study, connection)
     now = now_ms.get(worker.id, worker.at_ms) if worker else 0
     funds = triage.funds(balances, study.micros_per_hour, worker, now, projector.load().mean)
     results = Results((e.trial, e.rung, e.loss) for e in records.evaluations(connection, study.name))
-    to_end = triage.finish_seconds(rows, results, projector, study.spec.search.eta)
-    funds = dataclasses.replace(funds, finish_seconds=to_end)
-    middle = triage.projected_spend(funds, running, projector)
-    spread = [projector.to_target(t) for t in running]
-    down = funds.cost(sum(max(s.mean - s.low, 0.0) for s in spread))
-    up = funds.cost(sum(max(s.high - s.mean, 0.0) for s in spread))
-    return middle, max(middle - down, balances.spent), middle + up
+    eta = study.spec.search.eta
+    to_end = triage.finish_seconds(rows, results, projector, eta)
+    leader = rungs.leader(rows, results, eta) if to_end else None
+    ahead = projector.ahead(running, leader, launch=worker is None or worker.state != "ready")
+
+    def spend(more: float) -> int:
+        later = dataclasses.replace(funds, finish_seconds=to_end + more)
+        return triage.projected_spend(later, running, projector)
+
+    # Less may be needed than holds already pay for: what is left of them is given back, but nothing that was spent.
+    low = max(spend(0.0) - funds.cost(ahead.mean - ahead.low), balances.spent)
+    return spend(0.0), low, spend(ahead.high - ahead.mean)
 
 
 def listing(connection: Connection) -> list[dict[str, Any]]:

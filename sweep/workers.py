@@ -6,6 +6,7 @@ intended ──launch──> started ──ready event──> ready ──> ende
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class Workers:
         self.launcher = launcher
         self.projector = projector
         self._paid_until: int | None = None  # the machine's clock up to which this run's last worker was charged
+        self._rounded_ms = 0  # of it, what lies beyond the worker's end
 
     def lengths(self, gap_ms: int = 0) -> Lengths:
         """The lengths of paid time, from the forecasts as they stand; a slice outlasts three times the gap."""
@@ -64,8 +66,11 @@ class Workers:
             return worker.at_ms
         return max(self.launcher.boot()[1] - worker.origin_boot_ms, worker.at_ms)
 
-    def launch(self) -> None:
-        """Pays for a worker and starts it. Raises BudgetError, InvariantError, WorkerError."""
+    def launch(self, before_start: Callable[[], None]) -> None:
+        """Pays for a worker and starts it; `before_start` is called in between.
+
+        Raises BudgetError, InvariantError, WorkerError.
+        """
         lengths = self.lengths()
         boot_id, now = self.launcher.boot()
         with self.store.write() as connection:
@@ -96,10 +101,14 @@ class Workers:
             )
             records.note(connection, self.study.name, "launch", f"worker {ordinal} starts")
         worker = self._row(identifier)
+        before_start()
         try:
             self.launcher.start(self._job(worker, lengths), folder)
         except LaunchError as error:
-            self.bury(worker, observed=True)
+            if not self.launcher.fence_off(folder):
+                self.launcher.stop(folder)  # it came to life after all, too late
+            self.see_dead(worker)
+            self.bury(self.drain(worker), observed=True)
             raise WorkerError(str(error), f"see {folder / 'watchdog.log'}") from error
         with self.store.write() as connection:
             records.set_worker(connection, identifier, state="started")
@@ -107,13 +116,17 @@ class Workers:
     def _start(self, boot_id: str, now: int) -> tuple[int, Tariff]:
         """Where a new worker's meter starts on the machine's clock, and what it is paid by.
 
-        The machine's time since the last worker's end is paid for by the next one. Where that one was charged beyond
-        its end, to a full quantum, the next one's meter starts when this is used up, and the least charge is paid.
+        The machine's time since this run's last worker is paid for by the next one. Where the last one, of this run or
+        of one before, was charged beyond now, to a full quantum, the next one has so much time for nothing.
         """
         study, until = self.study, self._paid_until
+        if study.timings is not None:  # their meters and the machine's clock have nothing to do with one another
+            return now, study.tariff if until is None else study.tariff.following(self._rounded_ms)
         if until is None and study.boot_id == boot_id and study.last_boot_ms is not None and study.last_boot_ms > now:
             until = study.last_boot_ms
-        return (now, study.tariff) if until is None else (until, replace(study.tariff, minimum_ms=0))
+        if until is None:
+            return now, study.tariff
+        return min(until, now), study.tariff.following(max(until - now, 0))
 
     def renew(self, worker: WorkerRow, lengths: Lengths) -> WorkerRow:
         """Settles the open slice and pays for the next; returns the worker's new row."""
@@ -142,32 +155,44 @@ class Workers:
 
         Charged is what the watchdog recorded. Without its last record: up to now if the death was observed just now,
         else up to the last heartbeat and the time that may have passed since, and without any record the whole hold.
-        A worker that never started costs nothing.
+        A worker that provably never started costs nothing.
         """
-        folder = Path(worker.folder)
-        record = self.launcher.read_usage(folder)
-        never_started = record is None and not (folder / "watchdog.json").exists()
+        record = self.launcher.read_usage(Path(worker.folder))
         with self.store.write() as connection:
             rest = self._rest(connection, worker)
-            if never_started:
+            if record is None and self._never_started(worker):
                 Ledger(connection, self.study.name).void(worker.hold, fence=self.study.fence)
                 ended_ms, how = 0, "never started"
             elif record is None and not observed:
                 ended_ms, how = worker.paid_ms, "no record of its end: its slice is charged in full"
                 slices.expire(connection, self.study, worker, rest, how)
+                self._charged_until(connection, worker, ended_ms, ended_ms)
             else:
                 ended_ms, how = self._end(worker, record, observed)
-                ended_ms = slices.settle_end(connection, self.study, worker, ended_ms, rest, how)
+                billed_ms = slices.settle_end(connection, self.study, worker, ended_ms, rest, how)
+                self._charged_until(connection, worker, ended_ms, billed_ms)
             self._lose_trials(connection, worker)
             values: dict[str, Any] = {"state": "ended", "why": worker.why or how}
             values["exit_code"] = record.exit_code if record else None
             records.set_worker(connection, worker.id, **values)
-            self._paid_until = worker.origin_boot_ms + ended_ms
-            records.set_study(connection, self.study.name, last_boot_ms=self._paid_until, boot_id=worker.boot_id)
             cost = usd(Ledger(connection, self.study.name).balances().spent)
             text = f"worker {worker.ordinal} ended after {ended_ms / 1000:.1f} s ({how}); spent {cost}"
             records.note(connection, self.study.name, "ended", text)
         self._remember()
+
+    def _never_started(self, worker: WorkerRow) -> bool:
+        """Whether it is certain that the worker never ran: it was not launched yet, and no trace says otherwise.
+
+        A folder that is not there proves it only where the launch would have made it: on this boot of this machine.
+        """
+        folder = Path(worker.folder)
+        here = worker.boot_id == self.launcher.boot()[0] or (folder / "job.json").exists()
+        return worker.state == "intended" and here and not (folder / "watchdog.json").exists()
+
+    def _charged_until(self, connection: Connection, worker: WorkerRow, ended_ms: int, billed_ms: int) -> None:
+        self._paid_until = worker.origin_boot_ms + billed_ms
+        self._rounded_ms = billed_ms - ended_ms
+        records.set_study(connection, self.study.name, last_boot_ms=self._paid_until, boot_id=worker.boot_id)
 
     def _end(self, worker: WorkerRow, record: UsageRecord | None, observed: bool) -> tuple[int, str]:
         """When a dead worker ended on its meter, as far as is known, and how."""
@@ -193,7 +218,12 @@ class Workers:
                 continue
             self.see_dead(worker)
             self.bury(self.drain(worker), observed=False)
-        if not living:
+        with self.store.read() as connection:
+            self.study = records.own_study(connection, self.study.name, self.study.fence)
+            alone = not records.workers(connection, self.study.name, living=True)
+        # What the machine did since then is no worker's of this run.
+        self._paid_until = None
+        if alone:
             self._charge_gap()
         self._refund_on_evidence()
 
@@ -257,13 +287,20 @@ class Workers:
         """Looks once more for a record of workers whose last slice was charged in full; what it disproves returns."""
         with self.store.read() as connection:
             expired = set(connection.execute(select(hold.c.id).where(hold.c.state == "expired")).scalars())
-            ended = [w for w in records.workers(connection, self.study.name) if w.hold in expired]
-        for worker in ended:
-            record = self.launcher.read_usage(Path(worker.folder))
-            if record is None or not record.ended or worker.tariff.billed_ms(record.ms) >= worker.settled_ms:
+            workers = records.workers(connection, self.study.name)
+            if Ledger(connection, self.study.name).reconciled():
+                return  # the bill has said it already
+        for worker, follower in zip(workers, [*workers, None][1:], strict=True):
+            record = self.launcher.read_usage(Path(worker.folder)) if worker.hold in expired else None
+            if record is None or not record.ended:
+                continue
+            ended_ms = record.ms
+            if follower is not None and follower.tariff.paid_ms and follower.boot_id == worker.boot_id:
+                ended_ms = worker.settled_ms  # the next one had the rest for nothing
+            if worker.tariff.billed_ms(ended_ms) >= worker.settled_ms:
                 continue
             with self.store.write() as connection:
-                returned = slices.refund_expired(connection, self.study, worker, record.ms)
+                returned = slices.refund_expired(connection, self.study, worker, ended_ms)
                 text = f"worker {worker.ordinal} left a record after all: {usd(returned)} return"
                 records.note(connection, self.study.name, "refund", text)
 
@@ -293,6 +330,6 @@ class Workers:
             self._paid_until = now
             seconds = (now - study.last_boot_ms) / 1000
             records.note(connection, study.name, "gap", f"the machine waited {seconds:.0f} s for the resume: charged")
-            if ledger.balances().frozen:
-                overrun = usd(ledger.balances().overrun)
-                raise InvariantError(f"the machine's wait for the resume passed the cap by {overrun}")
+            balances = ledger.balances()
+        if balances.frozen:  # committed first: lost money is never hidden
+            raise InvariantError(f"the machine's wait for the resume passed the cap by {usd(balances.overrun)}")

@@ -50,8 +50,8 @@ def command(
         raise UsageError("launching spends money and nobody is there to ask", "add --yes")
     store = Store(storage, create=True)
     try:
-        launch.refuse_taken(store, wanted.study)
         folder = launch.study_folder(wanted.study)
+        launch.refuse_taken(store, wanted.study, folder)
         facts = launch.look(wanted, folder)
         if not anyway:
             launch.compare_gpu(wanted, facts)

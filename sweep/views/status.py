@@ -29,6 +29,7 @@ from sweep.views.parts import (
 
 STATES = ("live", "judging", "waiting", "paused", "completed", "pruned", "failed")
 BAR_STYLES = ("green", "yellow", "cyan", "dim")
+ROOMY = 12  # lines of a terminal in which the live view can say more than where the money is
 
 
 def head(console: Console, status: dict[str, Any]) -> Text:
@@ -66,11 +67,19 @@ def budget(console: Console, status: dict[str, Any]) -> list[Text]:
     ]
     parts = [Text(f"{sign} {text}") for sign, text in zip(signs.bar, words, strict=True)]
     legend = flow([*parts, Text(f"cap {told['cap']}", "bold")], console.width)
+    if status["forecasts"] is not None and console.height >= ROOMY:
+        legend.append(line(console, _held(**status["forecasts"]), "dim"))
     if status["frozen"] or status["overrun"]["micros"]:
         lost = usd(status["overrun"]["micros"])
         warning = f"FROZEN: {lost} were used beyond what was held; see: sweep audit {status['study']}"
         legend.append(line(console, warning, "bold red"))
     return [picture, *legend]
+
+
+def _held(count: int, inside: int, median_error: float) -> str:
+    """How the forecasts of training held so far, each made before it was measured."""
+    error = f"median error {100 * median_error:.0f} %"
+    return f"forecasts: {inside} of {count} inside their 80 % interval, {error}"
 
 
 def goals(status: dict[str, Any], known: dict[int, int] | None = None) -> dict[int, int]:

@@ -236,3 +236,63 @@ def test_a_study_outlives_a_restart_of_postgresql(tmp_path: Path, own_postgres: 
     assert sweep("audit", "words", "--storage", url, cwd=tmp_path).stderr == ""
     status = json.loads(sweep("status", "words", "--json", "--storage", url, cwd=tmp_path).stdout)
     assert status["trials"] == 5 and status["held"]["micros"] == 0
+
+
+def test_a_resume_hours_later_pays_for_nothing_in_between(tmp_path: Path) -> None:
+    """Proves that the time between a crash and the resume is nobody's where the launch starts the meter, and that the
+    next worker's meter starts at its own launch."""
+    spec = write_spec(tmp_path, cap="$0.5", sleep=0.0005, trials=3)
+    process = start("launch", str(spec), "--yes", cwd=tmp_path)
+    out = tmp_path / "out.txt"
+    wait_for(lambda: out.exists() and "trial 0 starts" in out.read_text())
+    process.kill()
+    process.wait()
+    for victim in pids(tmp_path).values():
+        kill(victim)
+    time.sleep(6)
+    before = time.clock_gettime(time.CLOCK_BOOTTIME) * 1000
+    sweep("resume", "words", cwd=tmp_path)
+    found = read(tmp_path)
+    first, second = found["workers"]
+    assert second.origin_boot_ms >= before > first.origin_boot_ms + first.settled_ms + 3_000
+    assert second.why == "stop" and all(trial.state in {"completed", "paused", "pruned"} for trial in found["trials"])
+
+
+def test_a_price_that_changed_while_nobody_drove_reaches_the_living_worker(tmp_path: Path) -> None:
+    """Proves that a resume applies a price that was said in between to the worker that it takes over."""
+    spec = write_spec(tmp_path, cap="$0.5", sleep=0.001, trials=3)
+    process = start("launch", str(spec), "--yes", cwd=tmp_path)
+    out = tmp_path / "out.txt"
+    wait_for(lambda: out.exists() and "trial 0 starts" in out.read_text())
+    process.kill()
+    process.wait()
+    sweep("reprice", "words", "$7.20/hour", cwd=tmp_path)
+    sweep("resume", "words", cwd=tmp_path)
+    found = read(tmp_path)
+    prices = [[price for price, _ in w.tariff.pieces(w.settled_ms)] for w in found["workers"]]
+    assert prices[0] == [3_600_000, 7_200_000] and all(p == [7_200_000] for p in prices[1:])
+
+
+def test_what_an_erased_database_left_is_not_taken_over(tmp_path: Path) -> None:
+    """Proves that a study under the name of one whose database is gone is refused before anything is paid."""
+    spec = write_spec(tmp_path, cap="$0.02", timings=True, trials=2)
+    sweep("launch", str(spec), "--yes", cwd=tmp_path, check=None)
+    for path in tmp_path.glob("studies.db*"):
+        path.unlink()
+    refused = sweep("launch", str(spec), "--yes", cwd=tmp_path, check=2)
+    assert "another study's" in refused.stderr and "--study" in refused.stderr
+
+
+def test_the_machine_is_stopped_once_and_last(tmp_path: Path) -> None:
+    """Proves that the stop command runs after the endgame's worker, not between two workers, and after a failure."""
+    mark = tmp_path / "stopped"
+    machine = {"stop_command": f"date +%s%N >> {mark}"}
+    spec = write_spec(tmp_path, cap="$0.5", sleep=0.0005, trials=3, machine=machine)
+    process = start("launch", str(spec), "--yes", cwd=tmp_path)
+    out = tmp_path / "out.txt"
+    wait_for(lambda: out.exists() and "promoted" in out.read_text())
+    kill(pids(tmp_path)["worker"])
+    assert process.wait(timeout=90) == 0
+    wait_for(mark.exists, seconds=20)
+    ended = [line for line in out.read_text().splitlines() if " ended after " in line]
+    assert len(ended) == 2 and len(mark.read_text().splitlines()) == 1

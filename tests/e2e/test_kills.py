@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from studies import kill, pids, read, spent, start, wait_for
@@ -16,6 +17,7 @@ from budgets.money import cost_micros, usd
 
 ROOT = Path(__file__).parents[2]
 KILLS = 10
+CAP_MICROS = 80_000
 STUDY = "define-words"
 
 
@@ -51,6 +53,16 @@ class Witness(threading.Thread):
             self.most = max(self.most, len(workers))
 
 
+def wasted(found: dict[str, Any], repeated: float, rows: list[tuple[int, float, float, str, int | None]]) -> float:
+    """Micro-dollars that the crashes cost beyond the unavoidable start of another worker.
+
+    That is the share of training that was repeated, and time that was charged although nothing ran any more.
+    """
+    on_trials = sum(m for code, m in found["accounts"].items() if code.startswith("trial:"))
+    unused = sum(max(charged - seen, 0.0) for _, charged, seen, _, _ in rows)
+    return float(on_trials * repeated + unused * found["workers"][0].micros_per_hour / 3600)
+
+
 @pytest.mark.stress
 @pytest.mark.smollm
 @pytest.mark.timeout(1800)
@@ -63,7 +75,8 @@ def test_ten_kills_of_one_study(tmp_path: Path) -> None:
     witness = Witness(tmp_path / "runs" / STUDY / "workers")
     witness.start()
     out = tmp_path / "out.txt"
-    process = start("launch", "examples/quickstart.yaml", "--yes", "--cap", "$0.06", cwd=tmp_path)
+    cap = f"${CAP_MICROS / 1e6}"
+    process = start("launch", "examples/quickstart.yaml", "--yes", "--cap", cap, cwd=tmp_path)
     wait_for(lambda: out.exists() and "is ready" in out.read_text(), seconds=120)
     killed = []
     while len(killed) < KILLS and process.poll() is None:
@@ -92,12 +105,15 @@ def test_ten_kills_of_one_study(tmp_path: Path) -> None:
     for worker in found["workers"]:
         seen = witness.last[worker.folder] - worker.origin_boot_ms / 1000
         rows.append((worker.ordinal, worker.settled_ms / 1000, seen, worker.why, worker.exit_code))
-        charged_in_full = "charged in full" in worker.why
-        assert charged_in_full or abs(worker.settled_ms / 1000 - seen) < 1.0
-        assert not charged_in_full or worker.settled_ms / 1000 >= seen - 0.1
+        # Without a last record up to a heartbeat more is charged than was used.
+        assert -0.2 < worker.settled_ms / 1000 - seen < 1.6
     total = sum(cost_micros(w.micros_per_hour, w.settled_ms) for w in found["workers"])
     assert spent(found["accounts"]) == total
-    repeated = sum(a.tokens - a.from_tokens for a in found["attempts"]) - sum(t.tokens for t in found["trials"])
-    print(json.dumps({"seed": seed, "kills": killed, "spent": usd(total), "repeated_tokens": repeated}))
+    trained = sum(a.tokens - a.from_tokens for a in found["attempts"])
+    repeated = trained - sum(t.tokens for t in found["trials"])
+    share = wasted(found, repeated / trained, rows) / len(killed) / CAP_MICROS
+    figures = {"seed": seed, "kills": killed, "spent": usd(total), "repeated_tokens": repeated}
+    print(json.dumps(figures | {"wasted_share_of_cap_per_kill": round(share, 5)}))
     for row in rows:
         print("worker {}: charged {:.3f} s, seen {:.3f} s, {}, exit {}".format(*row))
+    assert share < 0.01, "a crash wastes less than a hundredth of the cap"

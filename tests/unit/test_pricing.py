@@ -27,7 +27,8 @@ def tariffs(draw: st.DrawFn) -> Tariff:
     steps = tuple((start, draw(PRICES)) for start in starts)
     ceiling = max(price for _, price in steps) + draw(st.integers(0, 10**6))
     quantum = draw(st.sampled_from([1, 1_000, 60_000, 3_600_000]))
-    return Tariff(steps, ceiling, minimum_ms=draw(st.sampled_from([0, 1_500, 60_000, 600_000])), quantum_ms=quantum)
+    minimum, paid = draw(st.sampled_from([0, 1_500, 60_000, 600_000])), draw(st.sampled_from([0, 0, 17_000, 3_000_000]))
+    return Tariff(steps, ceiling, minimum_ms=0 if paid else minimum, quantum_ms=quantum, paid_ms=paid)
 
 
 @given(tariffs(), st.lists(TIMES, min_size=1, max_size=8))
@@ -48,7 +49,7 @@ def test_the_affordable_time_is_the_longest_that_fits(tariff: Tariff, start: int
     end = tariff.affordable_ms(start, micros)
     if end:
         assert tariff.hold(start, end) <= micros
-        assert end % tariff.quantum_ms == 0 and tariff.billed_ms(end) == end
+        assert (end - tariff.paid_ms) % tariff.quantum_ms == 0 and tariff.billed_ms(end) == end
     after = max(end + tariff.quantum_ms, tariff.billed_ms(start), tariff.billed_ms(0))
     assert tariff.hold(start, after) > micros or after == tariff.billed_ms(start) != end
 
@@ -59,7 +60,8 @@ def test_a_changed_price_leaves_the_past_alone(tariff: Tariff, at: int, later: i
     changed = tariff.changed(at, price)
     assert changed.cost(min(at, later)) == tariff.cost(min(at, later))
     after = max(later - at, 0)
-    expected = tariff.cost(at) + -(-price * after // MS_PER_HOUR)
+    billed_before = max(min(tariff.paid_ms, at + after) - at, 0)
+    expected = tariff.cost(at) + -(-price * (after - billed_before) // MS_PER_HOUR)
     assert abs(changed.cost(at + after) - expected) <= 1
     assert Tariff.loads(changed.dumps()) == changed and changed.ceiling >= price
 

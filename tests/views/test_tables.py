@@ -186,6 +186,11 @@ def test_progress_to_the_next_rung() -> None:
     assert re.search(r"2/5 +waiting", text)
 
 
+def test_the_status_says_how_forecasts_held() -> None:
+    assert "forecasts: 31 of 38 inside their 80 % interval, median error 6 %\n" in rendered(VIEWS["status"])
+    assert "forecasts" not in rendered(VIEWS["empty status"])
+
+
 def test_a_frozen_study_says_so() -> None:
     assert "FROZEN: $0.001234 were used beyond what was held; see: sweep audit words" in rendered(VIEWS["huge status"])
 

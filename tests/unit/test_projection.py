@@ -1,0 +1,166 @@
+"""What trials will still take: forecasts put together, and the interval of their sum in the status."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection
+
+from budgets.forecast import Seconds
+from sweep import launch, pricing, records, summary, tables, triage
+from sweep.projection import Plan, Projector, projector_of
+from sweep.records import TrialRow
+from sweep.rungs import Results
+from sweep.spec import validate
+from sweep.store import Store
+from trainers.messages import TrialConfig
+
+PLAN = Plan(examples=100, run_tokens=10_000, rungs=(1_000, 2_500), rung_rows=16, rung_tokens=300, validation_tokens=900)
+
+
+def config(number: int, **values: Any) -> TrialConfig:
+    """A LoRA trial's configuration."""
+    usual = {"method": "lora", "learning_rate": 1e-3, "batch_size": 4, "examples": 100, "seed": 0}
+    return TrialConfig(number=number, **(usual | {"rank": 8, "alpha": 8.0, "targets": "mlp"} | values))
+
+
+def trial(number: int, **values: Any) -> TrialRow:
+    """A trial's row."""
+    return dataclasses.replace(records.newcomer(config(number)), **values)
+
+
+def measured(tokens: int, seconds: float, *, final: bool = False) -> SimpleNamespace:
+    """What the worker says of a stretch of 1,000 tokens that ended at `tokens`."""
+    row = {"tokens": tokens, "train_tokens": 1_000, "train_ms": round(1000 * seconds), "checkpoint_ms": 100}
+    return SimpleNamespace(**row, evaluate_tokens=300, evaluate_ms=500, full_loss=2.0 if final else None)
+
+
+def taught(**more: Any) -> Projector:
+    """Forecasts after two stretches of each of eight trials, at about two milliseconds a token."""
+    projector = Projector(PLAN, 10_000_000, "cpu", 2, **more)
+    for number in range(8):
+        for tokens in (1_000, 2_000):
+            projector.observe_evaluation(config(number), measured(tokens, 2.0 * 1.1 ** (number % 3)))
+    projector.observe_load(4_000)
+    return projector
+
+
+def spread(seconds: Seconds) -> float:
+    """The upper end of an interval over the mean, as a logarithm."""
+    return math.log(seconds.high / seconds.mean)
+
+
+@pytest.mark.parametrize("state", ["live", "waiting", "judging", "paused"])
+def test_what_is_ahead_is_the_sum_of_what_is_projected(state: str) -> None:
+    """Proves that the interval is one of the very sum that triage decides by, wherever the leader stands."""
+    projector = taught()
+    lead = {"state": state, "rung": 0, "target": 1 if state in {"live", "waiting"} else 0, "tokens": 1_000, "loss": 2.0}
+    leader = trial(1, **lead, slot="w" if state == "live" else None, checkpoint="ckpt-4")
+    rows = [trial(0, state="live", slot="w"), leader, trial(2, state="waiting")]
+    finish = triage.finish_seconds(rows, Results([(1, 0, 2.0)]), projector, 2)
+    running = [t for t in rows if t.state in {"live", "waiting"}]
+    mean = sum(projector.to_target(t).mean for t in running) + finish
+    assert math.isclose(projector.ahead(running, leader, launch=False).mean, mean, rel_tol=1e-9)
+    launched = projector.ahead(running, leader, launch=True)
+    assert math.isclose(launched.mean, mean + projector.load().mean, rel_tol=1e-9)
+    assert projector.ahead([], None, launch=False) == Seconds(0.0, 0.0, 0.0)
+
+
+def test_trials_are_late_together_only_as_far_as_the_machine_is() -> None:
+    """Proves the combination: before anything was measured the speed is in common, afterwards trials differ apart."""
+    running = [trial(number, state="waiting") for number in range(10, 26)]
+    unknown, known = Projector(PLAN, 10_000_000, "cpu", 2), taught()
+    for projector, low, high in ((unknown, 0.9, 1.01), (known, 0.3, 0.7)):
+        one, all_of_them = (spread(projector.ahead(some, None, launch=False)) for some in (running[:1], running))
+        assert low < all_of_them / one < high
+    assert spread(known.to_target(running[0])) < 0.5 < spread(unknown.to_target(running[0]))
+
+
+def test_a_run_ends_where_the_first_one_ended() -> None:
+    """Proves that the run's length, an average over the data at first, is known once a trial came to its end."""
+    projector, row = taught(), trial(9, state="live", slot="w", rung=1, target=2, tokens=2_500)
+    before = projector.to_end(row).mean
+    projector.observe_evaluation(config(0), measured(8_500, 2.0, final=True))
+    assert math.isclose(projector.to_end(row).mean / before, 6_000 / 7_500, rel_tol=0.05)
+
+
+def test_the_prior_knows_adapters_and_the_model_long_rows() -> None:
+    """Proves the FLOPs of an adapter, and that row length is a feature that a study of longer rows differs in."""
+    plain, adapted = (Projector(PLAN, 10_000_000, "cpu", 2, per_rank=p) for p in (None, {"mlp": 100_000}))
+    larger = config(0, rank=64)
+    prior = adapted.train(larger, 1_000).mean / plain.train(larger, 1_000).mean
+    assert math.isclose(prior, 1 + 6 * 6_400_000 / 40_000_000)
+    longer = Projector(dataclasses.replace(PLAN, run_tokens=400_000), 10_000_000, "cpu", 2)
+    rows = [projector._train(config(0)).features["log_row"] for projector in (plain, longer)]
+    assert rows == [math.log(100 / 512), math.log(4_000 / 512)]
+
+
+def test_compilation_is_learned_apart_and_counts_at_the_next_start() -> None:
+    """Proves that what workers compile is a kind of its own, and nothing where they do not."""
+    projector = taught()
+    start = projector.load().mean
+    projector.observe_compile(0)
+    assert projector.load().mean == start
+    projector.observe_compile(30_000)
+    assert math.isclose(projector.load().mean, start + 30, rel_tol=0.2)
+
+
+# --- in the status --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def connection(tmp_path: Path) -> Iterator[Connection]:
+    """A study of one running trial in a new database, at a dollar an hour; no worker lives."""
+    recording = {"parameters": 10_000_000, "train_rows": 800, "validation_rows": 64, "validation_tokens": 1_300}
+    (tmp_path / "curves.json").write_text(json.dumps(recording | {"tokens_per_example": 20}))
+    values = {"study": "words", "model": f"replay:{tmp_path / 'curves.json'}", "data": {"train": "recorded"}}
+    values |= {"machine": {"price": "$1/hour"}, "budget": {"cap": "$1"}}
+    spec = validate(values, "here")
+    store = Store(f"sqlite:///{tmp_path}/studies.db", create=True)
+    launch.create(store, spec, launch.look(spec, tmp_path), pricing.quote(spec), tmp_path / "words", ("boot", 0))
+    with store.write() as connection:
+        records.add_trial(connection, "words", config(0), 1)
+        yield connection
+    store.dispose()
+
+
+def evaluated(connection: Connection, rung: int, seconds: float) -> None:
+    """Adds an evaluation of trial 0 after 1,000 more tokens."""
+    values = {"study": "words", "trial": 0, "rung": rung, "step": 9, "loss": 2.0, "attempt": "a", "ordinal": rung + 1}
+    connection.execute(tables.evaluation.insert().values(**values, **vars(measured(1_000 * rung, seconds))))
+
+
+def test_the_status_shows_how_forecasts_held(connection: Connection) -> None:
+    """Proves that nothing is said before a forecast was put to the test, and then the count and the error."""
+    for rung, seconds in enumerate((2.0, 2.2, 2.0)):
+        assert summary.status(connection, "words")["forecasts"] == (
+            None if rung < 2 else {"count": 1, "inside": 1, "median_error": pytest.approx(1 - 2.0 / 2.2, abs=0.01)}
+        )
+        evaluated(connection, rung, seconds)
+    assert summary.status(connection, "words")["forecasts"]["count"] == 2
+
+
+def test_the_status_projects_with_an_interval(connection: Connection) -> None:
+    """Proves that the interval holds the projection, counts the worker's start, and closes as measurements come in."""
+
+    def shares() -> tuple[float, float]:
+        found = summary.status(connection, "words")
+        low, middle, high = (found[name]["micros"] for name in ("projected_low", "projected", "projected_high"))
+        assert 0 < low < middle < high
+        return low / middle, high / middle
+
+    unknown = shares()
+    study = records.study(connection, "words")
+    start = projector_of(study, connection).load()
+    assert summary.status(connection, "words")["projected"]["micros"] > 1e6 * start.mean / 3600
+    for rung in range(3):
+        evaluated(connection, rung, 2.0)
+    known = shares()
+    assert unknown[0] < known[0] and known[1] < unknown[1]
