@@ -5,7 +5,7 @@
 
 Costs are differences of one cumulative function with a single rounding, so that however a machine's life is cut into
 slices, the parts add up to the whole. A price by the token is a tariff too: the meter then runs on tokens, a million of
-them to its hour (sweep/launch.py).
+them to its hour (sweep/pricing.py).
 """
 
 from __future__ import annotations

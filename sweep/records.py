@@ -19,7 +19,7 @@ from trainers.messages import TrialConfig
 
 RUNNING = ("waiting", "live", "judging")
 ENDED = ("completed", "pruned", "failed")
-TOKEN_METER = "token_meter.json"  # in the study's folder: one ms a token, so to say (sweep/launch.py)
+TOKEN_METER = "token_meter.json"  # in the study's folder: what the meter runs on then (sweep/pricing.py)
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,13 @@ def wait_for(condition: Any, seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
+def underway(spec: Path, text: str, cwd: Path) -> subprocess.Popen[str]:
+    """Launches a study in the background and waits until it has said `text`."""
+    process = start("launch", str(spec), "--yes", cwd=cwd)
+    wait_for(lambda: text in (cwd / "out.txt").read_text())
+    return process
+
+
 def pids(folder: Path, study: str = "words") -> dict[str, int]:
     """The pids of the newest worker and its watchdog, as they wrote them down."""
     newest = sorted((folder / "runs" / study / "workers").glob("*/watchdog.json"))[-1]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from beancount import loader
 from sqlalchemy import create_engine, text
-from studies import environment, kill, pids, read, spent, start, sweep, wait_for, write_spec
+from studies import environment, kill, pids, read, spent, start, sweep, underway, wait_for, write_spec
 
 from budgets.ledger import Ledger
 from sweep import records
@@ -104,9 +104,8 @@ def test_a_wrong_wall_clock_changes_nothing(tmp_path: Path) -> None:
 def test_an_orchestrator_that_was_taken_over_writes_nothing_more(tmp_path: Path) -> None:
     """Proves F5: under a newer fence the old orchestrator's next settlement is refused, and it leaves with exit 6."""
     spec = write_spec(tmp_path, cap="$0.5", sleep=0.002, trials=4)
-    process = start("launch", str(spec), "--yes", cwd=tmp_path)
+    process = underway(spec, "trial 0 starts", tmp_path)
     out = tmp_path / "out.txt"
-    wait_for(lambda: out.exists() and "trial 0 starts" in out.read_text())
     store = Store(f"sqlite:///{tmp_path}/studies.db")
     with store.write() as connection:  # what another machine would do, on which no file lock says that we are here
         study = records.study(connection, "words")
@@ -124,9 +123,7 @@ def test_a_worker_that_lives_without_progress_is_not_paid_on(tmp_path: Path) -> 
     """Proves F24: the watchdog's heartbeat goes on, the trainer stands still; its time is not renewed, it is dead at
     paid_ms, charged, and the study goes on with another worker."""
     spec = write_spec(tmp_path, cap="$0.5", sleep=0.0005, trials=4)
-    process = start("launch", str(spec), "--yes", cwd=tmp_path)
-    out = tmp_path / "out.txt"
-    wait_for(lambda: out.exists() and "promoted" in out.read_text())
+    process = underway(spec, "promoted", tmp_path)
     os.kill(pids(tmp_path)["worker"], signal.SIGSTOP)
     assert process.wait(timeout=150) == 0
     first, second = read(tmp_path)["workers"]
@@ -140,9 +137,7 @@ def test_a_worker_that_lives_without_progress_is_not_paid_on(tmp_path: Path) -> 
 def test_a_stopped_watchdog_is_ended_by_the_orchestrator(tmp_path: Path) -> None:
     """Proves that nobody spends on behind a watchdog that hangs: both are killed soon after the paid time."""
     spec = write_spec(tmp_path, cap="$0.5", sleep=0.0005, trials=4)
-    process = start("launch", str(spec), "--yes", cwd=tmp_path)
-    out = tmp_path / "out.txt"
-    wait_for(lambda: out.exists() and "promoted" in out.read_text())
+    process = underway(spec, "promoted", tmp_path)
     both = pids(tmp_path)
     for victim in ("watchdog", "worker"):
         os.kill(both[victim], signal.SIGSTOP)
@@ -154,9 +149,7 @@ def test_a_stopped_watchdog_is_ended_by_the_orchestrator(tmp_path: Path) -> None
 def test_a_watchdog_that_died_alone_is_charged_to_its_last_heartbeat(tmp_path: Path) -> None:
     """Proves that a slice without a last record is settled to the heartbeats: at most one more than was used."""
     spec = write_spec(tmp_path, cap="$0.5", sleep=0.001, trials=3)
-    process = start("launch", str(spec), "--yes", cwd=tmp_path)
-    out = tmp_path / "out.txt"
-    wait_for(lambda: out.exists() and "trial 0 starts" in out.read_text())
+    process = underway(spec, "trial 0 starts", tmp_path)
     process.kill()
     process.wait()
     (worker,) = read(tmp_path)["workers"]
@@ -172,9 +165,8 @@ def test_a_watchdog_that_died_alone_is_charged_to_its_last_heartbeat(tmp_path: P
 def test_what_expired_is_refunded_when_a_record_turns_up(tmp_path: Path) -> None:
     """Proves item 4 of the ledger: without any record the slice is charged in full, on evidence the rest returns."""
     spec = write_spec(tmp_path, cap="$0.5", sleep=0.001, trials=3)
-    process = start("launch", str(spec), "--yes", cwd=tmp_path)
+    process = underway(spec, "trial 0 starts", tmp_path)
     out = tmp_path / "out.txt"
-    wait_for(lambda: out.exists() and "trial 0 starts" in out.read_text())
     process.kill()
     process.wait()
     (worker,) = read(tmp_path)["workers"]
@@ -242,9 +234,7 @@ def test_a_resume_hours_later_pays_for_nothing_in_between(tmp_path: Path) -> Non
     """Proves that the time between a crash and the resume is nobody's where the launch starts the meter, and that the
     next worker's meter starts at its own launch."""
     spec = write_spec(tmp_path, cap="$0.5", sleep=0.0005, trials=3)
-    process = start("launch", str(spec), "--yes", cwd=tmp_path)
-    out = tmp_path / "out.txt"
-    wait_for(lambda: out.exists() and "trial 0 starts" in out.read_text())
+    process = underway(spec, "trial 0 starts", tmp_path)
     process.kill()
     process.wait()
     for victim in pids(tmp_path).values():
@@ -261,9 +251,7 @@ def test_a_resume_hours_later_pays_for_nothing_in_between(tmp_path: Path) -> Non
 def test_a_price_that_changed_while_nobody_drove_reaches_the_living_worker(tmp_path: Path) -> None:
     """Proves that a resume applies a price that was said in between to the worker that it takes over."""
     spec = write_spec(tmp_path, cap="$0.5", sleep=0.001, trials=3)
-    process = start("launch", str(spec), "--yes", cwd=tmp_path)
-    out = tmp_path / "out.txt"
-    wait_for(lambda: out.exists() and "trial 0 starts" in out.read_text())
+    process = underway(spec, "trial 0 starts", tmp_path)
     process.kill()
     process.wait()
     sweep("reprice", "words", "$7.20/hour", cwd=tmp_path)
@@ -288,9 +276,8 @@ def test_the_machine_is_stopped_once_and_last(tmp_path: Path) -> None:
     mark = tmp_path / "stopped"
     machine = {"stop_command": f"date +%s%N >> {mark}"}
     spec = write_spec(tmp_path, cap="$0.5", sleep=0.0005, trials=3, machine=machine)
-    process = start("launch", str(spec), "--yes", cwd=tmp_path)
+    process = underway(spec, "promoted", tmp_path)
     out = tmp_path / "out.txt"
-    wait_for(lambda: out.exists() and "promoted" in out.read_text())
     kill(pids(tmp_path)["worker"])
     assert process.wait(timeout=90) == 0
     wait_for(mark.exists, seconds=20)

@@ -116,14 +116,13 @@ def lose_everywhere(url: str, name: str, stride: int) -> tuple[Counter[str], set
     Returns how often which error came of it, and the states it all came to.
     """
     judge, victim = Store(url, create=True), Store(named(url, name))
+    expected, steps = uninterrupted(victim, name)
     errors: Counter[str] = Counter()
-    ends = {uninterrupted(victim, name)}
-    for lose_at in itertools.count(1, stride):
+    ends = {expected}
+    for lose_at in range(1, steps + 1, stride):
         study = f"{name}-{lose_at:04d}"
-        error = _run_and_lose(judge, victim, name, study, lose_at)
-        if error is None:
-            break
-        errors[error] += 1
+        ledger_scenarios.prepare(victim, name, study)
+        errors[_run_and_lose(judge, victim, name, study, lose_at)] += 1
         with judge.read() as connection:
             found = audit.violations(connection, study)
         not_yet_opened = name == "opened" and found == [f"study {study} has no accounts"]
@@ -136,9 +135,8 @@ def lose_everywhere(url: str, name: str, stride: int) -> tuple[Counter[str], set
     return errors, ends
 
 
-def _run_and_lose(judge: Store, victim: Store, name: str, study: str, lose_at: int) -> str | None:
-    """Returns the error that the loss led to, None if the scenario has no such step."""
-    ledger_scenarios.prepare(victim, name, study)
+def _run_and_lose(judge: Store, victim: Store, name: str, study: str, lose_at: int) -> str:
+    """Returns the name of the error that the loss led to."""
     lost_before = ""
 
     def cut(step: int, statement: str) -> None:
@@ -155,8 +153,7 @@ def _run_and_lose(judge: Store, victim: Store, name: str, study: str, lose_at: i
         unknown = isinstance(error, OutcomeUnknownError)
         assert unknown == (lost_before == "COMMIT"), f"{error} came of a connection lost before {lost_before}"
         return type(error).__name__
-    assert not lost_before, f"nobody noticed that the connection was lost before {lost_before}"
-    return None
+    raise AssertionError(f"nobody noticed that the connection was lost before {lost_before}")
 
 
 def migrate_and_die(path: str, study: str, stride: int) -> tuple[int, set[str]]:

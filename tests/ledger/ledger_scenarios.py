@@ -173,11 +173,12 @@ ENDS = {
 }
 
 
-def prepare(store: Store, name: str, study: str) -> None:
-    """Opens the study, unless that is what the scenario does."""
+def prepare(store: Store, name: str, *studies: str) -> None:
+    """Opens the studies, unless that is what the scenario does."""
     if name != "opened":
         with store.write() as connection:
-            Ledger(connection, study).open(CAP)
+            for study in studies:
+                Ledger(connection, study).open(CAP)
 
 
 def run(store: Store, name: str, study: str) -> None:
