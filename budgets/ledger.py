@@ -105,6 +105,8 @@ class Ledger:
 
         Raises CapTooLow, never touching what is spent, held or reserved; IdempotencyConflict.
         """
+        if cap_micros <= 0:
+            raise ValueError("the cap must be positive")
         self._lock()
         identifier = f"fund:{self.study}:{request}"
         if self._replayed(identifier, {"cap": cap_micros}):
@@ -122,6 +124,8 @@ class Ledger:
 
     def set_aside(self, amount: int, request: str) -> None:
         """Moves `amount` from the budget to the reserve, which no search can hold. Raises BudgetExhausted."""
+        if amount <= 0:
+            raise ValueError(f"a reserve must be positive, not {amount}")
         self._lock()
         if self._replayed(f"reserve:{self.study}:{request}", {"amount": amount}):
             return
@@ -252,7 +256,9 @@ class Ledger:
         """Puts every open hold under a newer fence: its former owner can no longer resolve it."""
         self._lock()
         self.connection.execute(
-            update(hold).where(hold.c.study == self.study, hold.c.state == "open").values(fence=fence)
+            update(hold)
+            .where(hold.c.study == self.study, hold.c.state == "open", hold.c.fence < fence)
+            .values(fence=fence)
         )
 
     # Corrections
@@ -280,10 +286,16 @@ class Ledger:
         Raises ValueError beyond the charge, IdempotencyConflict when another part of it was returned before.
         """
         self._lock()
-        row = self.connection.execute(select(transfer).where(transfer.c.id == transfer_id)).one()
-        if row.kind not in {"settle", "expire"} or not 0 < amount <= row.amount_micros:
+        mine = and_(transfer.c.id == transfer_id, transfer.c.study == self.study)
+        row = self.connection.execute(select(transfer).where(mine)).one_or_none()
+        if row is None or row.kind not in {"settle", "expire"} or not 0 < amount <= row.amount_micros:
             raise ValueError(f"{amount} micro-dollars cannot be refunded of {transfer_id}")
-        words = {"reverses_id": transfer_id, "note": note}
+        request = {"refund": amount}
+        if self._replayed(f"refund:{transfer_id}", request):
+            return
+        if self._available(row.credit) < amount:  # a bill has returned it before
+            raise ValueError(f"{row.credit} holds less than the {amount} micro-dollars to be refunded of {transfer_id}")
+        words = {"reverses_id": transfer_id, "note": note, "request_hash": _digest(request)}
         self._transfer(f"refund:{transfer_id}", "refund", row.credit, row.debit, amount, **words)
 
     def reconcile(self, bill_micros: int, *, note: str) -> int:

@@ -104,7 +104,8 @@ _SQLITE_GUARDS = {
         "INSERT",
         "WHEN EXISTS (SELECT 1 FROM sweep_transfer WHERE id = NEW.id OR (study = NEW.study AND seq = NEW.seq))",
     ): "sweep_transfer is append-only",
-    ("sweep_hold", "UPDATE", "WHEN OLD.state <> 'open'"): "a closed hold never changes",
+    # Under another id, UPDATE OR REPLACE would delete the hold that has it.
+    ("sweep_hold", "UPDATE", "WHEN OLD.state <> 'open' OR NEW.id <> OLD.id"): "a closed hold never changes",
     ("sweep_hold", "DELETE", ""): "no hold is ever deleted",
     ("sweep_hold", "INSERT", "WHEN EXISTS (SELECT 1 FROM sweep_hold WHERE id = NEW.id)"): "no hold is ever replaced",
 }

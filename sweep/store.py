@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, select, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, NoSuchModuleError, OperationalError
 from sqlalchemy.schema import CreateColumn
 
 from budgets import schema as ledger_tables
@@ -109,8 +109,12 @@ class Store:
             begin_immediate(self.engine)
         else:
             bound_waits(self.engine)
-        with _explained(self.url):
-            self._open(create)
+        try:
+            with _explained(self.url):
+                self._open(create)
+        except BaseException:
+            self.engine.dispose()
+            raise
         self._file = self._identity()
         self.writes = 0  # transactions of ours that may have changed something
 
@@ -316,6 +320,10 @@ def _explained(url: URL) -> typing.Iterator[None]:
         if error.connection_invalidated:
             message = f"{url.render_as_string()}: the connection was lost"
             raise StoreUnavailableError(message, "run sweep resume") from error
+        if type(error) is DatabaseError and isinstance(error.orig, sqlite3.Error):
+            raise StoreError(
+                f"{url.render_as_string()}: {error.orig}", "put a copy of it back that is whole"
+            ) from error
         raise
 
 

@@ -30,7 +30,7 @@ def opened(transaction: Transaction, study: str) -> None:
 
 
 def renewed(transaction: Transaction, study: str) -> None:
-    """Two slices of a worker, the second opened with the first one's settlement over three centres; a third unused."""
+    """A slice is widened, then settled over three centres as the next is opened, which was never used."""
     with transaction() as ledger:
         ledger.hold(f"{study}:1", 300_000, fence=1, purpose="slice 1")
     with transaction() as ledger:
@@ -40,11 +40,7 @@ def renewed(transaction: Transaction, study: str) -> None:
         ledger.settle(f"{study}:1", charges, fence=1, usage_ms=5, micros_per_hour=9)
         ledger.hold(f"{study}:2", 200_000, fence=1, purpose="slice 2")
     with transaction() as ledger:
-        ledger.settle(f"{study}:2", {"trial:0": 200_000}, fence=1)
-    with transaction() as ledger:
-        ledger.hold(f"{study}:3", 1_000, fence=1, purpose="never started")
-    with transaction() as ledger:
-        ledger.void(f"{study}:3", fence=1)
+        ledger.void(f"{study}:2", fence=1)
 
 
 def covered(transaction: Transaction, study: str) -> None:
@@ -63,8 +59,6 @@ def covered(transaction: Transaction, study: str) -> None:
 
 def overrun(transaction: Transaction, study: str) -> None:
     """More was used than there is: the rest is posted, the study frozen, and a higher cap does not thaw it."""
-    with transaction() as ledger:
-        ledger.set_aside(100_000, "launch")
     with transaction() as ledger:
         ledger.hold(f"{study}:1", 300_000, fence=1, purpose="slice 1")
     with transaction() as ledger:
@@ -127,7 +121,7 @@ def billed_less(transaction: Transaction, study: str) -> None:
     with transaction() as ledger:
         ledger.hold(f"{study}:1", 900_000, fence=1, purpose="slice 1")
     with transaction() as ledger:
-        ledger.settle(f"{study}:1", {"trial:0": 600_000, "trial:1": 300_000, "idle": 200_000}, fence=1)
+        ledger.settle(f"{study}:1", {"trial:0": 700_000, "idle": 400_000}, fence=1)
     with transaction() as ledger:
         ledger.reconcile(777_777, note="invoice")
 
@@ -161,7 +155,7 @@ SCENARIOS = {
 # Where each one must end: cap, spent, held, reserve, overrun.
 ENDS = {
     "opened": (CAP, 0, CAP, 0, 0),
-    "renewed": (CAP, 350_008, 0, 0, 0),
+    "renewed": (CAP, 150_008, 0, 0, 0),
     "covered": (CAP, 500_000, 200_000, 0, 0),
     "overrun": (CAP + 200_000, CAP, 0, 0, 50_000),
     "expired": (CAP, 160_001, 0, 0, 0),

@@ -3,21 +3,21 @@
     mutant               its mistake                               caught by                          on
     ReadsThenWrites      reads what is held, writes the sum        turn: the audit                    PostgreSQL
     ChecksBeforeTheLock  what it compares with may be old          turn: CHECK never_overdrawn        PostgreSQL
-    ForgetsTheRest       a settled hold keeps what it did not use  model: the audit                   both
+    ForgetsTheRest       a settled hold keeps what it did not use  model: the audit                   SQLite
     ResolvesTwice        resolves a hold that is closed            model: trigger "closed hold"       both
     ResolvesUnseen       ... with the state in the WHERE, but      model: the audit, or CHECK         both
                          no look at whether a row was hit          held_not_negative
-    IgnoresTheFence      obeys an owner that was replaced          model: HoldClosed is missing       both
-    ChargesAgain         a repeated charge is one more charge      model: the balances                both
-    ReturnsTheExpired    takes silence for no use                  model: the balances                both
-    ExtendsByAmount      the target is taken for a difference      model: the holds, or a refusal     both
-    HidesTheOverrun      what was lost is posted nowhere           model: the balances                both
-    RefundsAgain         a repeated refund is one more refund      model: the balances, or CHECK      both
+    IgnoresTheFence      obeys an owner that was replaced          model: HoldClosed is missing       SQLite
+    ChargesAgain         a repeated charge is one more charge      model: the balances                SQLite
+    ReturnsTheExpired    takes silence for no use                  model: the balances                SQLite
+    ExtendsByAmount      the target is taken for a difference      model: the holds, or a refusal     SQLite
+    HidesTheOverrun      what was lost is posted nowhere           model: the balances                SQLite
+    RefundsAgain         a repeated refund is one more refund      model: the balances, or CHECK      SQLite
                                                                    never_overdrawn
 
 `model` is ledger_model.Books; `turn` is ledger_checks.waits_its_turn, a hold that waits behind another's transaction.
 SQLite shows neither of the first two: BEGIN IMMEDIATE lets one transaction in at a time, so nothing that was read can
-be old. That is why the suite runs on PostgreSQL too.
+be old. That is why the suite runs on PostgreSQL too. The others do not depend on the database, unless it stops them.
 """
 
 from __future__ import annotations
@@ -135,7 +135,10 @@ class HidesTheOverrun(Ledger):
 
 
 class RefundsAgain(Ledger):
-    """Numbers its refunds itself."""
+    """Numbers its refunds itself, and so knows none again."""
+
+    def _replayed(self, identifier: str, request: Mapping[str, object]) -> bool:
+        return not identifier.startswith("refund:") and super()._replayed(identifier, request)
 
     def _transfer(self, identifier: str, kind: str, debit: str, credit: str, amount: int, **more: Any) -> None:
         if kind == "refund":

@@ -8,7 +8,7 @@ import ledger_races
 import pytest
 from ledger_races import CAP
 
-ROUNDS = 12
+ROUNDS = 8
 
 
 @pytest.mark.parametrize("price", [310_000, 31_000])

@@ -7,7 +7,7 @@ from ledger_checks import follows_the_model
 from budgets.ledger import Ledger
 from sweep.store import Store
 
-EXAMPLES = {"sqlite": 40, "postgresql": 10}
+EXAMPLES = {"sqlite": 30, "postgresql": 8}
 
 
 def test_the_ledger_follows_the_model(storage: str) -> None:
