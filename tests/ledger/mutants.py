@@ -13,7 +13,7 @@
     ExtendsByAmount      the target is taken for a difference      model: the holds, or a refusal     SQLite
     HidesTheOverrun      what was lost is posted nowhere           model: the balances                SQLite
     RefundsAgain         a repeated refund is one more refund      model: the balances, or CHECK      SQLite
-                                                                   never_overdrawn
+                                                                   CHECK never_overdrawn
 
 `model` is ledger_model.Books; `turn` is ledger_checks.waits_its_turn, a hold that waits behind another's transaction.
 SQLite shows neither of the first two: BEGIN IMMEDIATE lets one transaction in at a time, so nothing that was read can

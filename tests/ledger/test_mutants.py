@@ -31,7 +31,7 @@ CAUGHT: dict[type[Ledger], tuple[Check, str]] = {
     mutants.ReturnsTheExpired: (model, "the balances are"),
     mutants.ExtendsByAmount: (model, "the open holds are|do not fit"),
     mutants.HidesTheOverrun: (model, "the balances are"),
-    mutants.RefundsAgain: (model, "the balances are|never_overdrawn"),
+    mutants.RefundsAgain: (model, "the balances are|never_overdrawn|holds less than"),
 }
 NEEDS_POSTGRES = (mutants.ReadsThenWrites, mutants.ChecksBeforeTheLock)
 STOPPED_BY_THE_DATABASE = (mutants.ResolvesTwice, mutants.ResolvesUnseen)
