@@ -12,7 +12,7 @@
     ReturnsTheExpired    takes silence for no use                  model: the balances                SQLite
     ExtendsByAmount      the target is taken for a difference      model: the holds, or a refusal     SQLite
     HidesTheOverrun      what was lost is posted nowhere           model: the balances                SQLite
-    RefundsAgain         a repeated refund is one more refund      model: the balances, or CHECK      SQLite
+    RefundsAgain         a repeated refund is one more refund      model: the balances, a refusal, or SQLite
                                                                    CHECK never_overdrawn
 
 `model` is ledger_model.Books; `turn` is ledger_checks.waits_its_turn, a hold that waits behind another's transaction.
