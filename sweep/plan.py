@@ -70,7 +70,8 @@ class Outline:
 def outline(spec: Spec, facts: dict[str, Any], quote: Quote) -> Outline:
     """Forecasts from priors what the cap buys. Nothing was measured yet, so intervals are wide."""
     lengths = Plan(**{**facts["plan"], "rungs": tuple(facts["plan"]["rungs"])})
-    projector = Projector(lengths, facts["parameters"], facts["device"], facts["cores"], quote.unit)
+    per_rank = facts.get("trained_parameters_per_rank")
+    projector = Projector(lengths, facts["parameters"], facts["device"], facts["cores"], quote.unit, per_rank)
     cap, micros_per_hour = spec.budget.cap, quote.tariff.now
 
     def price(seconds: float) -> int:
