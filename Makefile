@@ -64,9 +64,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Tests marked smollm load the real model; without the folder they would have nothing to load.
+# Tests marked smollm load the real model; without the folder they would have nothing to load. Two at a time, since many
+# wait for processes; the tests of a file stay together.
 test: lint model
-	$(BIN)/pytest -m 'not stress'
+	$(BIN)/pytest -m 'not stress' -n 2 --dist loadfile
 
 fix: install
 	$(BIN)/ruff check --fix .

@@ -55,7 +55,7 @@ print(json.dumps(nll / tokens))
 
 def test_the_best_adapter_gives_its_recorded_loss_under_peft_alone(tmp_path: Path) -> None:
     """Proves invariant 7 on SmolLM2: what the study recorded is what peft measures, row by row, without our code."""
-    sweep("launch", str(real_spec(tmp_path)), "--yes", cwd=tmp_path, timeout=280)
+    sweep("launch", str(real_spec(tmp_path, trials=1)), "--yes", cwd=tmp_path, timeout=280)
     best = json.loads(sweep("best", "--json", cwd=tmp_path).stdout)
     assert best["trained_to_its_end"] and best["loss"] < 0.85 * best["base_loss"]
     rows = tmp_path / "runs" / "words" / "data" / "validation.safetensors"
@@ -70,7 +70,7 @@ def test_a_full_disk_is_one_line_and_can_be_resumed(tmp_path: Path) -> None:
 
     Files are limited to 8 MiB, which holds the database but not the adapter's optimizer state.
     """
-    spec = real_spec(tmp_path, trials=1)
+    spec = real_spec(tmp_path, trials=1, epochs=0.15)
     limited = f"ulimit -f 8192; exec {sys.executable} -m sweep launch {spec} --yes"
     done = subprocess.run(
         ["bash", "-c", limited],
