@@ -93,9 +93,9 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    from trainers.data import DataError
     from trainers.models import ModelError
     from trainers.rows import DISK_ERRORS
+    from trainers.splits import DataError
 
     begun = time.monotonic()
     try:

@@ -1,89 +1,22 @@
-"""Prepared data: rows as token files, split once, read by every trial in an order that depends on the trial alone.
-
-    folder of prepared data
-      train.safetensors       ids int32 [tokens], offsets int64 [rows + 1], mask uint8 [tokens]
-      validation.safetensors  the same, shuffled: the first k rows are a fair subset
-      test.safetensors        the same; a worker never opens it
-      data.json               counts, and the sources with their sha256
-
-`mask` is 1 where a token is a target of the loss. Labels are masked by position and never by pad id, since many
-tokenizers pad with the end-of-sequence token, which is trained here.
-"""
+"""Prepares data: rows become token files (trainers/splits.py), split once for the whole study."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
 from jinja2 import TemplateError
-from numpy.typing import NDArray
-from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from trainers.messages import TrialConfig
-from trainers.rows import DataError, Row, Source, read
+from trainers.rows import Row, Source, read
+from trainers.splits import SPLIT, DataError, Example, Split, permutation
 
 SPLITS = ("train", "validation", "test")
-ORDER, SPLIT = 1, 2  # what a permutation is for: two uses of one seed must not share a stream
-
-
-@dataclass(frozen=True)
-class Example:
-    """One tokenised row: `ids` int32 [tokens], `mask` uint8 [tokens]."""
-
-    ids: NDArray[np.int32]
-    mask: NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Split:
-    """Examples end to end: `ids` int32 [tokens], `offsets` int64 [rows + 1], `mask` uint8 [tokens]."""
-
-    ids: NDArray[np.int32]
-    offsets: NDArray[np.int64]
-    mask: NDArray[np.uint8]
-
-    @property
-    def rows(self) -> int:
-        """Number of examples."""
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each example, int64 [rows]."""
-        return np.diff(self.offsets)
-
-    def __getitem__(self, row: int) -> Example:
-        span = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
-        return Example(self.ids[span], self.mask[span])
-
-
-def _permutation(rows: int, *key: int) -> NDArray[np.int64]:
-    # Bit streams of numpy's PCG64 are guaranteed not to change between versions (NEP 19); its shuffles are not.
-    draws = np.random.PCG64(np.random.SeedSequence(key)).random_raw(rows)
-    return np.argsort(draws, kind="stable").astype(np.int64)
-
-
-def order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order in which an epoch visits the rows: a permutation, int64 [rows], the same on every machine."""
-    return _permutation(rows, seed, epoch, ORDER)
-
-
-def batches(config: TrialConfig, rows: int) -> list[NDArray[np.int64]]:
-    """The example indices of each optimizer step, `ceil(examples / batch_size)` arrays.
-
-    They depend on seed, batch size and examples alone. Epochs follow each other in one stream, each with its own
-    permutation, so only the last step can be smaller than the batch size.
-    """
-    epochs = -(-config.examples // rows)
-    stream = np.concatenate([order(rows, config.seed, epoch) for epoch in range(epochs)])[: config.examples]
-    return [stream[start : start + config.batch_size] for start in range(0, config.examples, config.batch_size)]
 
 
 class _Encoder:
@@ -230,7 +163,7 @@ class _Preparation:
                 f"({len(read_source.rows) - len(fresh)} are duplicates, also of rows in the other files; of "
                 f"{len(fresh)} the completion is beyond {self.max_tokens} tokens): raise max_tokens or give other rows"
             )
-        shuffled = _permutation(len(kept), self.seed, 0, SPLIT)
+        shuffled = permutation(len(kept), self.seed, 0, SPLIT)
         return [kept[i] for i in shuffled]
 
     def take(self, pool: list[Example], share: float, total: int, name: str) -> list[Example]:
@@ -291,15 +224,3 @@ def prepare(
         _write(folder / f"{name}.safetensors", safetensors.numpy.save(tensors))
     _write(folder / "data.json", json.dumps(summary, indent=1).encode())
     return summary
-
-
-def load_split(folder: Path, name: str) -> Split:
-    """Reads a prepared split. Raises DataError where it is missing or damaged."""
-    path = folder / f"{name}.safetensors"
-    try:
-        tensors = safetensors.numpy.load_file(path)
-        return Split(tensors["ids"], tensors["offsets"], tensors["mask"])
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; prepare the data first") from error
-    except (SafetensorError, KeyError) as error:
-        raise DataError(f"{path}: is damaged; prepare the data again") from error

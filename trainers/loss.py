@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainers.data import Example
 from trainers.models import Base, ModelError
+from trainers.splits import Example
 
 CHUNK_LOGITS = 2**26  # logits computed at once: 256 MiB in fp32
 # Largest relative difference between our loss and the model's own; bf16 rounds differently in every kernel shape.

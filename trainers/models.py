@@ -281,10 +281,10 @@ def load_engines(job: WorkerJob) -> LoadedEngines:
     Before that the engine's loss is compared with the model's own. Raises ModelError and DataError.
     """
     # Imported here: the engines import this module.
-    from trainers.data import load_split
     from trainers.full.engine import FullEngine
     from trainers.lora.engine import LoraEngine
     from trainers.loss import verify_loss
+    from trainers.splits import load_split
 
     if job.threads is not None:
         torch.set_num_threads(job.threads)

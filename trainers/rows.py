@@ -18,16 +18,14 @@ from typing import Any
 
 import datasets
 
+from trainers.splits import DataError
+
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COLUMNS = {"prompt": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 EXPECTED = "prompt and completion, messages, or text"
 HUB_ID = re.compile(r"^(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w.-]+))?$")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class DataError(Exception):
-    """Data that cannot be trained on. One line: which file and row, what is wrong, what to do."""
 
 
 @dataclass(frozen=True)

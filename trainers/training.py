@@ -30,11 +30,11 @@ from trainers.checkpoints import (
     write_folder,
     write_state,
 )
-from trainers.data import Split, batches
 from trainers.engine import Evaluation, Position, TrialFailed
 from trainers.loss import completion_nll, flat_batch
 from trainers.messages import FailureCode, Method, TrialConfig
 from trainers.models import Base, ModelError
+from trainers.splits import Split, batches
 
 INITIALISATION, DROPOUT = 1, 2  # what a seed is drawn for
 # Input tokens run through the model at once. Attention over a flat batch costs the square of its length, which the

@@ -13,9 +13,11 @@ from typing import Any
 
 from sqlalchemy import select
 
+from budgets.money import cost_micros
 from budgets.schema import account, transfer
 from sweep import records, tables
 from sweep.audit import violations
+from sweep.records import WorkerRow
 from sweep.store import Store
 
 CURVES = {
@@ -125,6 +127,20 @@ def spent(accounts: dict[str, int]) -> int:
     """Micro-dollars that left the budget, from the accounts that they went to."""
     inside = {"world", "budget", "reserve", "overrun"}
     return sum(balance for code, balance in accounts.items() if code not in inside)
+
+
+def machine_micros(workers: list[WorkerRow]) -> int:
+    """What the workers' time on the machine's clock costs, each moment once.
+
+    A dead worker may be charged up to a heartbeat beyond its last record, or a whole quantum; one that is launched
+    within that time has the rest of it for nothing. Worked out from the clock alone, and not from the tariffs.
+    """
+    total = until = 0
+    for worker in workers:
+        end = worker.origin_boot_ms + worker.settled_ms
+        total += cost_micros(worker.micros_per_hour, max(end - max(worker.origin_boot_ms, until), 0))
+        until = max(until, end)
+    return total
 
 
 def wait_for(condition: Any, seconds: float = 30) -> None:

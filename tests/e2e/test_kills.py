@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies import kill, pids, read, spent, start, wait_for
+from studies import kill, machine_micros, pids, read, spent, start, wait_for
 
-from budgets.money import cost_micros, usd
+from budgets.money import usd
 
 ROOT = Path(__file__).parents[2]
 KILLS = 10
@@ -107,7 +107,7 @@ def test_ten_kills_of_one_study(tmp_path: Path) -> None:
         rows.append((worker.ordinal, worker.settled_ms / 1000, seen, worker.why, worker.exit_code))
         # Without a last record up to a heartbeat more is charged than was used.
         assert -0.2 < worker.settled_ms / 1000 - seen < 1.6
-    total = sum(cost_micros(w.micros_per_hour, w.settled_ms) for w in found["workers"])
+    total = machine_micros(found["workers"])
     assert spent(found["accounts"]) == total
     trained = sum(a.tokens - a.from_tokens for a in found["attempts"])
     repeated = trained - sum(t.tokens for t in found["trials"])

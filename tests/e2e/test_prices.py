@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import select
-from studies import kill, pids, read, spent, start, sweep, wait_for, write_spec
+from studies import kill, machine_micros, pids, read, spent, start, sweep, wait_for, write_spec
 
 from budgets.schema import hold
 from sweep.store import Store
@@ -36,20 +36,35 @@ def test_a_provider_that_bills_minutes_is_paid_whole_minutes(tmp_path: Path) -> 
     assert "left" in refused.stderr, "the least that is billed, two minutes, does not fit the cap"
 
 
-def test_a_worker_that_follows_another_uses_up_its_quantum(tmp_path: Path) -> None:
-    """Proves that one rental is not billed twice: after a kill the next worker starts inside the paid quantum."""
-    billing = {"minimum_seconds": 8, "quantum_seconds": 4}
+@pytest.mark.parametrize(("victim", "minimum"), [("worker", 8), ("all", 60)])
+def test_a_worker_that_follows_another_uses_up_its_quantum(tmp_path: Path, victim: str, minimum: int) -> None:
+    """Proves that one rental is not billed twice: after a kill the next worker starts inside the paid quantum.
+
+    Also when another orchestrator starts it, which knows from the tables alone up to when the dead one was charged.
+    """
+    billing = {"minimum_seconds": minimum, "quantum_seconds": 4}
     spec = write_spec(tmp_path, cap="$0.5", sleep=0.0005, machine=billing, trials=4)
     process = start("launch", str(spec), "--yes", cwd=tmp_path)
     out = tmp_path / "out.txt"
     wait_for(lambda: out.exists() and "promoted" in out.read_text())
-    assert kill(pids(tmp_path)["worker"])
-    assert process.wait(timeout=90) == 0
-    first, second = read(tmp_path)["workers"]
+    running = pids(tmp_path)
+    if victim == "all":
+        process.kill()
+        process.wait()
+        assert kill(running["watchdog"])
+        kill(running["worker"])
+        sweep("resume", "words", cwd=tmp_path)
+    else:
+        assert kill(running["worker"])
+        assert process.wait(timeout=90) == 0
+    found = read(tmp_path)
+    first, second = found["workers"]
     assert first.settled_ms % 4_000 == 0
     paid_until = first.origin_boot_ms + first.settled_ms
     assert second.origin_boot_ms + second.tariff.paid_ms == paid_until and second.tariff.minimum_ms == 0
+    assert second.tariff.paid_ms > 0
     assert second.settled_ms % 4_000 == second.tariff.paid_ms % 4_000
+    assert spent(found["accounts"]) == machine_micros(found["workers"])
 
 
 def test_a_spot_machine_is_held_at_the_on_demand_price(tmp_path: Path) -> None:

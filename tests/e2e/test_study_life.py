@@ -11,7 +11,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from studies import kill, pids, read, spent, start, sweep, wait_for, write_spec
+from studies import kill, machine_micros, pids, read, spent, start, sweep, wait_for, write_spec
 
 from budgets.money import cost_micros
 
@@ -149,8 +149,7 @@ def test_kill_minus_nine_of_anything_loses_nothing(tmp_path: Path, victim: str) 
     found = read(tmp_path)
     assert len(found["trials"]) == 6 and found["held"] == 0
     assert all(trial.state in {"completed", "paused", "pruned"} for trial in found["trials"])
-    machine = sum(cost_micros(w.micros_per_hour, w.settled_ms) for w in found["workers"])
-    assert spent(found["accounts"]) == machine
+    assert spent(found["accounts"]) == machine_micros(found["workers"])
     if victim == "orchestrator":
         assert len(found["workers"]) == 1, "the living worker was taken over, not replaced"
     else:

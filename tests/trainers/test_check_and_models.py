@@ -17,8 +17,8 @@ from tiny import save_model
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, OPTConfig
 
 from trainers import check, models
-from trainers.data import DataError
 from trainers.models import ModelError
+from trainers.splits import DataError
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,8 @@ from tiny import lora_trial
 from transformers import PreTrainedTokenizerFast
 
 from trainers import data, rows
-from trainers.data import DataError, Example, batches, load_split, order, prepare
+from trainers.data import prepare
+from trainers.splits import DataError, Example, batches, load_split, order
 
 PAIRS = [{"prompt": f"the dog {i} ->", "completion": f" sleeps {i}"} for i in range(10)]
 TALK = [

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainers import training
 from trainers.checkpoints import remove_older
-from trainers.data import Split, batches, load_split
 from trainers.engine import TrialFailed
 from trainers.full.engine import FullEngine
 from trainers.lora.engine import initialise
 from trainers.messages import TrialConfig
 from trainers.models import LoadedEngines
+from trainers.splits import Split, batches, load_split
 
 Load = Callable[[], LoadedEngines]
 # PEFT 0.21 asks transformers 5.23 for a property by its old name.

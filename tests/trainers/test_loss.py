@@ -13,9 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from trainers import loss
-from trainers.data import Example, load_split
 from trainers.loss import chunked_nll, completion_nll, flat_batch, verify_loss
 from trainers.models import Base, ModelError, load_base
+from trainers.splits import Example, load_split
 
 CPU = torch.device("cpu")
 

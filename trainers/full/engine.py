@@ -12,9 +12,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM
 
 from trainers.checkpoints import load_tensors, save_tensors
-from trainers.data import Split
 from trainers.messages import TrialConfig
 from trainers.models import Base
+from trainers.splits import Split
 from trainers.training import SlotEngine
 
 MASTERS = "masters.safetensors"
