@@ -194,7 +194,7 @@ def load_base(model: str, device: str) -> Base:
     return Base(name, loaded, tokenizer, loaded.get_decoder(), head_of(loaded), where)
 
 
-def _layer_linears(model: PreTrainedModel) -> dict[str, tuple[nn.Linear, str]]:
+def layer_linears(model: PreTrainedModel) -> dict[str, tuple[nn.Linear, str]]:
     """Linear layers of the decoder's layers by full name, each with its kind, attention or mlp.
 
     The kind is read off the modules around it: under a module named or classed as attention it is attention,
@@ -222,7 +222,7 @@ def target_modules(model: PreTrainedModel, targets: Targets | str) -> list[str]:
     """
     if targets not in ("attention", "mlp", "all-linear"):
         raise ModelError(f"targets {targets!r}: unknown; use attention, mlp or all-linear")
-    linears = _layer_linears(model)
+    linears = layer_linears(model)
     meant = {name for name, (_, kind) in linears.items() if targets in (kind, "all-linear")}
     if not meant:
         raise ModelError(f"{model.config.model_type}: has no linear layers for targets {targets}; use full training")
@@ -242,12 +242,12 @@ def target_modules(model: PreTrainedModel, targets: Targets | str) -> list[str]:
 def target_linears(model: PreTrainedModel, targets: Targets | str) -> dict[str, nn.Linear]:
     """The linear layers a kind of targets means, by full name, in the model's order. Raises ModelError."""
     target_modules(model, targets)
-    return {n: m for n, (m, kind) in _layer_linears(model).items() if targets in (kind, "all-linear")}
+    return {n: m for n, (m, kind) in layer_linears(model).items() if targets in (kind, "all-linear")}
 
 
 def linear_shapes(model: PreTrainedModel) -> list[list[int]]:
     """The linear layers of the decoder as [inputs, outputs, how many]."""
-    counts = Counter((m.in_features, m.out_features) for m, _ in _layer_linears(model).values())
+    counts = Counter((m.in_features, m.out_features) for m, _ in layer_linears(model).values())
     return [[inputs, outputs, count] for (inputs, outputs), count in counts.items()]
 
 

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import curve, full_trial, lora_trial, same_bits, weights
+from tiny import adapter, curve, full_trial, logits, lora_trial, peft_initialise, same_bits, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainers import training
 from trainers.checkpoints import remove_older
 from trainers.engine import TrialFailed
 from trainers.full.engine import FullEngine
-from trainers.lora.engine import initialise
+from trainers.lora import engine as lora_engine
 from trainers.messages import TrialConfig
 from trainers.models import LoadedEngines
 from trainers.splits import Split, batches, load_split
@@ -78,15 +78,12 @@ def test_lora_equals_a_plain_peft_loop(load: Load, model_folder: Path, data_fold
         AutoModelForCausalLM.from_pretrained(model_folder),
         LoraConfig(r=4, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM"),
     )
-    initialise(plain, config.seed)
+    peft_initialise(plain, config.seed)
     theirs = plain_curve(plain, config, load_split(data_folder, "train"), 20)
     assert ours == pytest.approx(theirs, rel=5e-6)
     assert ours[-1] < ours[0]
-    trained = {n: p for n, p in plain.named_parameters() if p.requires_grad}
-    for name, parameter in engine._peft.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(parameter, trained.pop(name), rtol=1e-4, atol=1e-5)
-    assert not trained
+    trained = {n.replace(".default.", "."): p.detach() for n, p in plain.named_parameters() if p.requires_grad}
+    torch.testing.assert_close(adapter(engine, 1), trained, rtol=1e-4, atol=1e-5)
 
 
 def test_full_equals_a_plain_loop(load: Load, model_folder: Path, data_folder: Path) -> None:
@@ -191,7 +188,8 @@ def test_a_diverging_trial_fails_alone(load: Load, config: TrialConfig) -> None:
 def test_out_of_memory_fails_the_trial(load: Load, config: TrialConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lack of memory in a step ends as `out_of_memory` with gradients freed; other errors are not mistaken for it."""
     engine: Any = load().engines[config.method]
-    real = training.completion_nll
+    place, name = (lora_engine, "score") if config.method == "lora" else (training, "completion_nll")
+    real: Any = getattr(place, name)
     calls = []
 
     def failing(*arguments: Any) -> torch.Tensor:
@@ -200,15 +198,15 @@ def test_out_of_memory_fails_the_trial(load: Load, config: TrialConfig, monkeypa
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(*arguments)
 
-    monkeypatch.setattr(training, "completion_nll", failing)
+    monkeypatch.setattr(place, name, failing)
     engine.admit(config, None, None)
     with pytest.raises(TrialFailed, match="Tried to allocate") as caught:
         curve(engine, config.number)
     assert caught.value.code == "out_of_memory"
     assert not any(p.grad is not None for p in engine.base.model.parameters())
-    monkeypatch.setattr(training, "completion_nll", real)
+    monkeypatch.setattr(place, name, real)
     engine.admit(config, None, None)
-    monkeypatch.setattr(training, "completion_nll", lambda *_: 1 / 0)
+    monkeypatch.setattr(place, name, lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.advance(lambda: True)
 
@@ -245,7 +243,7 @@ def test_initial_adapter_depends_on_the_seed_alone(load: Load) -> None:
     for config, noise in ((lora_trial(), 1), (lora_trial(number=5), 2), (lora_trial(seed=8), 1)):
         torch.manual_seed(noise)
         engine.admit(config, None, None)
-        found.append({name: p.detach().clone() for name, p in engine._parameters().items()})
+        found.append(adapter(engine, config.number))
         engine.drop(config.number)
     assert same_bits(found[0], found[1])
     assert not same_bits(found[0], found[2])
@@ -257,11 +255,9 @@ def test_exported_adapter_loads_with_peft_alone(load: Load, model_folder: Path, 
     engine.admit(lora_trial(targets="mlp"), None, None)
     curve(engine, 1, 5)
     engine.checkpoint(1, tmp_path / "adapter")
-    ids = torch.arange(5, 25)[None]
-    engine.base.model.eval()
-    ours = engine.base.model(input_ids=ids).logits
+    ids = torch.arange(5, 25)
     alone = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "adapter")
-    assert torch.equal(alone(input_ids=ids).logits, ours)
+    torch.testing.assert_close(alone(input_ids=ids[None]).logits[0], logits(engine, 1, ids), rtol=0, atol=1e-5)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["inference_mode"] is True
     assert config["base_model_name_or_path"] == str(model_folder)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from trainers.lora.adapter_files import named
+from trainers.lora.stream import Part
 from trainers.messages import TrialConfig
+from trainers.splits import Split
+from trainers.training import INITIALISATION, derive_seed
 
 WORDS = ["red", "blue", "dog", "cat", "bird", "runs", "sleeps", "sings", "slowly", "over", "the", "a", "house", "river"]
 CHATML = (
@@ -74,9 +81,41 @@ def curve(engine: Any, trial: int, steps: int | None = None) -> list[float]:
     """Trains step by step, at most `steps`, and returns the training loss of each."""
     losses: list[float] = []
     while not engine.position(trial).done and (steps is None or len(losses) < steps):
-        engine.advance(lambda: True)
+        before = engine.position(trial).step
+        while engine.position(trial).step == before:
+            engine.advance(lambda: True)
         losses.append(engine.train_loss(trial))
     return losses
+
+
+@torch.no_grad()
+def peft_initialise(model: torch.nn.Module, seed: int) -> None:
+    """Gives a PEFT model the initial values that our engine gives a trial of this seed."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, INITIALISATION))
+    for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
+        first = layer.lora_A["default"].weight
+        values = torch.empty(first.shape, dtype=torch.float32)
+        torch.nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+        first.copy_(values)
+
+
+def adapter(engine: Any, trial: int) -> dict[str, torch.Tensor]:
+    """A live trial's adapter under PEFT's names, copied."""
+    slot = engine._trials[trial].slot
+    return {name: part.detach().clone() for name, part in named(slot, slot.weights).items()}
+
+
+@torch.no_grad()
+def logits(engine: Any, trial: int, ids: torch.Tensor) -> torch.Tensor:
+    """The engine's own logits of one example [tokens] with a live trial's adapter."""
+    live = engine._trials[trial]
+    mask = np.ones(len(ids), dtype=np.uint8)
+    mask[0] = 0
+    split = Split(ids.numpy().astype(np.int32), np.array([0, len(ids)]), mask)
+    with engine._at_work():
+        stream, _ = engine._runner.load(split, [Part(live.index, live.slot, [0], [0], 0, 1.0)])
+        stream.dropout = False
+        return engine._runner.forward(stream, training=False) @ engine.base.head.weight.T
 
 
 def weights(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:

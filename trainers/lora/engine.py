@@ -1,120 +1,400 @@
-"""LoRA through PEFT, one trial at a time. Checkpoints are standard PEFT adapter folders."""
+"""The packed LoRA engine: many trials train over one frozen base, each in a slot of its own.
+
+Continuous batching, but for training: every micro-step lays whole examples of several trials end to end, runs them
+through the base once, and adds each trial's adapter to its own tokens. A trial whose batch is complete takes its
+optimizer step, whatever its neighbours are at. What a trial trains depends on its configuration and the data alone.
+"""
 
 from __future__ import annotations
 
-import copy
 import math
-import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from torch import nn
+from numpy.typing import NDArray
+from safetensors import SafetensorError
 
-from trainers.checkpoints import CheckpointError, load_tensors, save_tensors
-from trainers.messages import TrialConfig
-from trainers.models import target_modules
-from trainers.training import INITIALISATION, SlotEngine, derive_seed
+from trainers.checkpoints import CheckpointError, State, holds, read_state, write_folder, write_state
+from trainers.engine import Evaluation, Position, TrialFailed
+from trainers.lora import adapter_files, packing
+from trainers.lora.bank import Layout, Slot
+from trainers.lora.head import score
+from trainers.lora.health import Health
+from trainers.lora.linear import PackedGroup, pack, unpack
+from trainers.lora.models import find_groups
+from trainers.lora.packing import Batch
+from trainers.lora.runner import CpuRunner, Runner
+from trainers.lora.stream import Part
+from trainers.messages import FailureCode, TrialConfig
+from trainers.models import Base, ModelError
+from trainers.splits import Split, batches
+from trainers.training import DROPOUT, MICRO_TOKENS, derive_seed, is_out_of_memory, rate
 
-ADAPTER = "adapter_model.safetensors"
-NAME = "default"
-
-
-def lora_config(config: TrialConfig, endings: list[str]) -> LoraConfig:
-    """PEFT's configuration of a trial, for modules with these name endings. Raises ValueError without rank or alpha."""
-    if config.rank is None or config.alpha is None:
-        raise ValueError(f"trial {config.number}: LoRA needs rank and alpha")
-    # PEFT types alpha as an integer but takes any number; whole ones are written as the integers that readers expect.
-    alpha: Any = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
-    return LoraConfig(
-        r=config.rank,
-        lora_alpha=alpha,
-        target_modules=endings,
-        lora_dropout=config.dropout,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+_REPORTS_AHEAD = 2  # steps whose figures may still be on their way from the GPU
 
 
-@torch.no_grad()
-def initialise(model: nn.Module, seed: int) -> None:
-    """Gives every adapter of a model the initial values of a trial seed.
+@dataclass
+class Live:
+    """A trial in a slot; `batch` is what is left of its present optimizer step."""
 
-    The distribution is PEFT's own: A is Kaiming-uniform with a = sqrt(5), B is zero. The numbers come from one fp32
-    CPU generator over the layers in the model's order, so they depend on nothing that ran before, on no device, and
-    another engine can make the same ones.
-    """
-    generator = torch.Generator().manual_seed(derive_seed(seed, INITIALISATION))
-    for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
-        first, second = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-        values = torch.empty(first.shape, dtype=torch.float32)
-        nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
-        first.copy_(values)
-        second.zero_()
+    config: TrialConfig
+    index: int
+    slot: Slot
+    batches: list[NDArray[np.int64]]
+    health: Health
+    step: int = 0
+    tokens: int = 0
+    until_tokens: int | None = None
+    batch: Batch | None = None
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def position(self) -> Position:
+        """How far it is."""
+        return Position(self.step, self.tokens, self.step == len(self.batches))
+
+    @property
+    def arrived(self) -> bool:
+        """Whether it stands at its target."""
+        return self.position.done or (self.until_tokens is not None and self.tokens >= self.until_tokens)
 
 
-class LoraEngine(SlotEngine):
-    """One LoRA trial over the frozen base; adapters are kept in fp32 whatever the base is in."""
+@dataclass
+class _Report:
+    """Figures of optimizer steps on their way to the host: (trial, step) each, and [loss, gradient norm] of each."""
+
+    steps: list[tuple[Live, int]]
+    figures: torch.Tensor
+    arrived: torch.cuda.Event | None
+
+
+class LoraEngine:
+    """Trains LoRA trials in `slots` slots; implements `trainers.engine.Engine`. Adapters are kept in fp32."""
 
     method = "lora"
-    _peft: PeftModel | None = None
 
-    def _open(self, config: TrialConfig, checkpoint: Path | None) -> dict[str, nn.Parameter]:
-        if config.targets is None:
-            raise ValueError(f"trial {config.number}: LoRA needs targets")
-        endings = target_modules(self.base.model, config.targets)
-        # PEFT draws initial values from the global generator, which nothing else must notice.
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            self._peft = get_peft_model(self.base.model, lora_config(config, endings), NAME)
-        initialise(self._peft, config.seed)
-        parameters = self._parameters()
-        if checkpoint is not None:
-            tensors = load_tensors(checkpoint / ADAPTER)
-            shapes = {name: p.shape for name, p in parameters.items()}
-            if {name: t.shape for name, t in tensors.items()} != shapes:
-                raise CheckpointError(f"{checkpoint / ADAPTER}: is an adapter of other modules or rank")
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(tensors[name])
-        return parameters
+    def __init__(
+        self,
+        base: Base,
+        train: Split,
+        validation: Split,
+        rung_rows: int,
+        micro_tokens: int | None = None,
+        slots: int = 1,
+    ) -> None:
+        """`micro_tokens` go through the model at once: of each trial on the CPU, of all together on a GPU."""
+        self.base = base
+        self.train = train
+        self.validation = validation
+        self.rung_rows = rung_rows
+        self.micro_tokens = micro_tokens or MICRO_TOKENS[base.device.type]
+        self.slots = slots
+        self._completions = np.add.reduceat(train.mask, train.offsets[:-1], dtype=np.int64)
+        groups = find_groups(base)
+        self._layout = Layout(groups)
+        self._packed = [PackedGroup(group) for group in groups]
+        self._trials: dict[int, Live] = {}
+        self._reports: deque[_Report] = deque()
+        self._failures: list[TrialFailed] = []
+        self._turn = 0
+        self._computed = self._real = 0
+        self._runner: Runner = self._make_runner()
+        self._sums = torch.zeros(slots + 1, dtype=torch.float64, device=base.device)
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters under the names that PEFT's files use: without the adapter's name."""
-        assert self._peft is not None
-        named = {n.replace(f".{NAME}.", "."): p for n, p in self._peft.named_parameters() if p.requires_grad}
-        assert named.keys() == get_peft_model_state_dict(self._peft, save_embedding_layers=False).keys()
-        return named
+    def _make_runner(self) -> Runner:
+        longest = int(max(self.train.lengths.max(), self.validation.lengths.max()))
+        if self.base.device.type == "cuda":
+            from trainers.lora.gpu import GpuRunner
 
-    def _stepped(self) -> None:
-        """The optimizer steps the adapter's own weights: there is nothing to bring up to date."""
-
-    def _close(self) -> None:
-        peft, self._peft = self._peft, None
-        if peft is not None:
-            peft.unload()
-        # An injection that failed half-way leaves no PeftModel to unload, but its layers.
-        for name, module in list(self.base.model.named_modules()):
-            if isinstance(module, LoraLayer):
-                self.base.model.set_submodule(name, module.get_base_layer())
-        self.base.model.requires_grad_(False)
-        self.base.model.eval()
-
-    def _write(self, folder: Path) -> None:
-        assert self._peft is not None
-        # PEFT's `save_pretrained` asks the hub about embeddings and adds a model card; these two files are the adapter.
-        save_tensors(folder / ADAPTER, self._parameters())
-        config = copy.copy(self._peft.peft_config[NAME])
-        config.inference_mode = True
-        config.base_model_name_or_path = self.base.name
-        config.save_pretrained(str(folder))
+            return GpuRunner(self.base, self._packed, self.slots, longest, self.micro_tokens)
+        return CpuRunner(self.base, self._packed)
 
     @contextmanager
-    def _base_weights(self) -> Iterator[None]:
-        assert self._peft is not None
-        with self._peft.disable_adapter():
+    def _at_work(self) -> Iterator[None]:
+        """The base with packed layers; outside of the context every module of it is what it was."""
+        for packed in self._packed:
+            pack(packed)
+        try:
             yield
+        finally:
+            for packed in self._packed:
+                unpack(packed)
+
+    # --- coming and going -------------------------------------------------------------------------------------------
+
+    def admit(self, config: TrialConfig, checkpoint: Path | None, until_tokens: int | None) -> Position:
+        """Puts the trial in a slot. Raises TrialFailed; RuntimeError where no slot is free or the base is taken."""
+        taken = {live.index for live in self._trials.values()}
+        free = [index for index in range(self.slots) if index not in taken]
+        if not free or (self.base.busy and not taken):
+            raise RuntimeError(f"trial {config.number} has no free slot")
+        if config.method != self.method:
+            raise RuntimeError(f"trial {config.number} is of method {config.method}, this engine of {self.method}")
+        failure: tuple[FailureCode, str] | None = None
+        try:
+            live = self._build(config, free[0], checkpoint)
+        except (CheckpointError, ModelError, OSError, SafetensorError, ValueError) as error:
+            failure = "error", str(error)
+        except RuntimeError as error:
+            failure = "out_of_memory" if is_out_of_memory(error) else "error", str(error).splitlines()[0]
+        if failure is not None:
+            raise TrialFailed(config.number, *failure)
+        live.until_tokens = until_tokens
+        self._trials[config.number] = live
+        self.base.busy = True
+        self._runner.seat(live.index, live.slot)
+        return live.position
+
+    def _build(self, config: TrialConfig, index: int, checkpoint: Path | None) -> Live:
+        if config.examples < 1 or config.batch_size < 1:
+            raise ValueError(f"examples {config.examples} and batch_size {config.batch_size} must be at least 1")
+        rows = self.train.rows
+        state = State(config, 0, 0, rows) if checkpoint is None else read_state(checkpoint, config, rows)
+        slot = Slot.fresh(config, self._layout, self.base.model.dtype, self.base.device)
+        if checkpoint is not None:
+            adapter_files.read_adapter(checkpoint, slot)
+            adapter_files.read_optimizer(checkpoint, slot, state.step)
+        plan = batches(config, rows)
+        health = Health(len(plan), resumed=state.step > 0)
+        return Live(config, index, slot, plan, health, state.step, state.tokens)
+
+    def target(self, trial: int, until_tokens: int | None) -> None:
+        """Sets where the trial stands still next; None is its end."""
+        self._of(trial).until_tokens = until_tokens
+
+    def position(self, trial: int) -> Position:
+        """Where the trial stands."""
+        return self._of(trial).position
+
+    def train_loss(self, trial: int) -> float:
+        """Mean training loss (nats a completion token) over the steps since the last call; nan if there were none."""
+        losses = self._of(trial).losses
+        mean = sum(losses) / len(losses) if losses else math.nan
+        losses.clear()
+        return mean
+
+    def occupancy(self) -> float:
+        """Real tokens of training over tokens computed, since the start; nan before."""
+        return self._real / self._computed if self._computed else math.nan
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def advance(self, pause: Callable[[], bool]) -> list[int]:
+        """Trains all trials short of their targets until one arrives, or `pause()` is true after a micro-step.
+
+        Returns the trials that stand at their targets. Raises TrialFailed for one that can't go on.
+        """
+        training = [live for live in self._trials.values() if not live.arrived]
+        with self._at_work():
+            # In eval mode, as loaded: the base's own dropout, where it has any, would draw from one generator for all.
+            while training and not self._failures and not any(live.arrived for live in training):
+                self._micro_step(training)
+                if pause():
+                    break
+        self._settle(0)
+        if self._failures:
+            failure = self._failures.pop(0)
+            if failure.trial in self._trials:
+                self.drop(failure.trial)
+            raise failure
+        return [number for number, live in self._trials.items() if live.arrived]
+
+    def _micro_step(self, training: list[Live]) -> None:
+        """Runs one stream, and the optimizer step of every trial whose batch it completes."""
+        for live in training:
+            if live.batch is None:
+                rows = [int(row) for row in live.batches[live.step]]
+                live.batch = Batch(rows, [int(self.train.lengths[row]) for row in rows])
+        parts = self._parts(training)
+        message: str | None = None
+        try:
+            self._gradients(parts)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            message = str(error).splitlines()[0]
+        if message is not None:
+            # Outside the except block, whose traceback would keep the tensors of the failed step alive.
+            self._halve(training, parts, message)
+            return
+        complete = [live for live in training if live.batch is not None and live.batch.empty]
+        if complete:
+            self._step(complete)
+        self._settle(_REPORTS_AHEAD)
+
+    def _parts(self, training: list[Live]) -> list[Part]:
+        if self._runner.shared:
+            self._turn += 1
+            order = sorted(training, key=lambda live: (live.batch is not None and live.batch.fresh, live.tokens))
+            taken = packing.share([self._batch(live) for live in order], self.micro_tokens)
+            taking = [(live, rows) for live, rows in zip(order, taken, strict=True) if rows]
+        else:
+            taking = [(live, self._batch(live).take(self.micro_tokens)) for live in training]
+        parts = []
+        for live, places in sorted(taking, key=lambda pair: pair[0].index):
+            batch = self._batch(live)
+            completion = int(self._completions[batch.rows].sum())
+            seed = derive_seed(live.config.seed, DROPOUT, live.step)
+            rows = [batch.rows[place] for place in places]
+            parts.append(Part(live.index, live.slot, rows, places, seed, 1 / completion))
+        return parts
+
+    @staticmethod
+    def _batch(live: Live) -> Batch:
+        assert live.batch is not None
+        return live.batch
+
+    def _gradients(self, parts: list[Part]) -> None:
+        """Adds the parts' gradients to their slots, and their losses to the slots' sums."""
+        stream, targets = self._runner.load(self.train, parts)
+        hidden = self._runner.forward(stream)
+        sums, slope = score(hidden, self.base.head.weight, targets, self.slots + 1, True)
+        assert slope is not None
+        self._runner.backward(stream, slope)
+        self._sums += sums
+        self._real += stream.tokens
+        self._computed += stream.ids.shape[1]
+
+    def _halve(self, training: list[Live], parts: list[Part], message: str) -> None:
+        """After a lack of memory: smaller streams from here on, and the batches that were in this one from their start.
+
+        A stream of one example can't be smaller: its trial fails.
+        """
+        self._runner.recover()
+        touched = {part.index for part in parts}
+        for live in training:
+            if live.index in touched:
+                live.batch = None
+                live.slot.gradient.zero_()
+                self._sums[live.index] = 0.0
+        if sum(len(part.rows) for part in parts) == 1:
+            failed = next(live for live in training if live.index in touched)
+            text = f"step {failed.step + 1}: {message}"
+            self._failures.append(TrialFailed(failed.config.number, "out_of_memory", text))
+        else:
+            tokens = sum(int(self.train.lengths[row]) for part in parts for row in part.rows)
+            self.micro_tokens = max(1, min(self.micro_tokens, tokens) // 2)
+
+    @torch.no_grad()
+    def _step(self, complete: list[Live]) -> None:
+        """The optimizer steps of trials whose batches are complete; nothing here waits for a GPU."""
+        figures = []
+        for live in complete:
+            gradient = live.slot.gradient
+            norm = torch.linalg.vector_norm(gradient)
+            figures.append(torch.stack((self._sums[live.index], norm.double())))
+            # As torch's clip_grad_norm_. A NaN stays one: the trial is given up when its figures arrive.
+            gradient.mul_(torch.clamp(live.config.clip_norm / (norm + 1e-6), max=1.0))
+            live.slot.optimizer.param_groups[0]["lr"] = rate(live.config, live.step, len(live.batches))
+            live.slot.optimizer.step()
+            gradient.zero_()
+            live.slot.refresh()
+            self._sums[live.index] = 0.0
+            live.step += 1
+            assert live.batch is not None
+            live.tokens += sum(live.batch.lengths)
+            live.batch = None
+        stacked = torch.stack(figures)
+        arrived = None
+        if stacked.is_cuda:
+            stacked = stacked.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._reports.append(_Report([(live, live.step) for live in complete], stacked, arrived))
+
+    def _settle(self, ahead: int) -> None:
+        """Reads the figures of all but the last `ahead` reports, and judges the trials by them."""
+        while len(self._reports) > ahead:
+            report = self._reports.popleft()
+            if report.arrived is not None:
+                report.arrived.synchronize()
+            for (live, step), (loss, norm) in zip(report.steps, report.figures.tolist(), strict=True):
+                number = live.config.number
+                if self._trials.get(number) is not live or any(f.trial == number for f in self._failures):
+                    continue
+                live.losses.append(loss)
+                if (why := live.health.watch(loss, norm)) is not None:
+                    self._failures.append(TrialFailed(number, "diverged", f"step {step}: {why}"))
+
+    # --- judging ----------------------------------------------------------------------------------------------------
+
+    def evaluate(self, trial: int | None, rows: int | None) -> Evaluation:
+        """Loss on the first `rows` validation rows (None: all) with the trial's weights; None is the base model.
+
+        Raises TrialFailed (the slot is free then) where a trial's loss is not finite or memory runs out.
+        """
+        count = self.validation.rows if rows is None else min(rows, self.validation.rows)
+        live = None if trial is None else self._of(trial)
+        failure: tuple[FailureCode, str] | None = None
+        try:
+            with self._at_work():
+                result = self._evaluate(live, count)
+        except RuntimeError as error:
+            if trial is None or not is_out_of_memory(error):
+                raise
+            failure = ("out_of_memory", f"evaluation: {str(error).splitlines()[0]}")
+        if failure is None and trial is not None and not math.isfinite(result.nll):
+            failure = ("diverged", f"evaluation: loss {result.nll:g}")
+        if failure is not None and trial is not None:
+            self._runner.recover()
+            self.drop(trial)
+            raise TrialFailed(trial, *failure)
+        return result
+
+    @torch.no_grad()
+    def _evaluate(self, live: Live | None, count: int) -> Evaluation:
+        # The rung rows form streams of their own, so that their loss is the same to the bit whether or not more follow.
+        rung = min(self.rung_rows, count)
+        index, slot = (self.slots, None) if live is None else (live.index, live.slot)
+        sums = []
+        for rows in (range(rung), range(rung, count)):
+            nll = torch.zeros((), dtype=torch.float64, device=self.base.device)
+            for part in packing.cut(list(rows), self.validation.lengths, self.micro_tokens):
+                stream, targets = self._runner.load(self.validation, [Part(index, slot, part, part, 0, 1.0)])
+                stream.dropout = False
+                hidden = self._runner.forward(stream, training=False)
+                nll += score(hidden, self.base.head.weight, targets, self.slots + 1, False)[0][index]
+            sums.append(float(nll))
+        offsets = self.validation.offsets
+        return Evaluation(
+            rung_nll=sums[0],
+            rung_tokens=int(self.validation.mask[: offsets[rung]].sum()),
+            nll=sums[0] + sums[1],
+            completion_tokens=int(self.validation.mask[: offsets[count]].sum()),
+            input_tokens=int(offsets[count]),
+        )
+
+    # --- leaving ----------------------------------------------------------------------------------------------------
+
+    def checkpoint(self, trial: int, folder: Path) -> None:
+        """Writes the trial whole into `folder`, or nothing. Raises OSError.
+
+        A batch that is under way is not in it: a restored trial begins that step again.
+        """
+        live = self._of(trial)
+        state = State(live.config, live.step, live.tokens, self.train.rows)
+        if holds(folder, state):
+            # A trial that repeats a stretch after a crash arrives at checkpoints that are there already.
+            return
+        with write_folder(folder) as temporary:
+            adapter_files.write_adapter(temporary, live.slot, self.base)
+            adapter_files.write_optimizer(temporary, live.slot)
+            write_state(temporary, state)
+
+    def drop(self, trial: int) -> None:
+        """Frees the slot. The base model is as it was, to the bit."""
+        live = self._of(trial)
+        del self._trials[trial]
+        self._sums[live.index] = 0.0
+        self._runner.seat(live.index, None)
+        self.base.busy = bool(self._trials)
+
+    def _of(self, trial: int) -> Live:
+        if trial not in self._trials:
+            raise KeyError(f"trial {trial} is in no slot of this engine")
+        return self._trials[trial]

@@ -1,0 +1,131 @@
+"""The Triton kernels, run by Triton's interpreter on the CPU, against plain products slot by slot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import lora_trial
+from torch import nn
+
+triton = pytest.importorskip("triton")
+
+from trainers.lora.bank import Group, Layout, Slot, padded  # noqa: E402
+from trainers.lora.stream import Stream, slot_row, tiles_of  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="the interpreter is chosen by TRITON_INTERPRET=1 before Triton is loaded"
+)
+
+
+def layout() -> Layout:
+    """An attention group of three linears of unequal sizes, and an MLP group of one."""
+    shapes = [("attention", 48, [48, 20, 20]), ("mlp", 48, [72])]
+    groups = []
+    for number, (kind, inputs, outputs) in enumerate(shapes):
+        linears = [nn.Linear(inputs, size) for size in outputs]
+        names = [f"{kind}.{j}" for j in range(len(outputs))]
+        groups.append(Group(number, kind, names, linears, list(range(len(outputs)))))
+    return Layout(groups)
+
+
+def stream_of(slots: list[Slot], bounds: list[tuple[int, int]], tokens: int) -> Stream:
+    """A stream over slots of which the last index, of nobody, owns the tail."""
+    spare = len(slots)
+    spans = [(start, end, k) for k, (start, end) in enumerate(bounds)] + [(bounds[-1][1], tokens, spare)]
+    return Stream(
+        rank=max(padded(slot.rank) for slot in slots),
+        tokens=bounds[-1][1],
+        ids=torch.zeros(1, tokens),
+        positions=torch.zeros(1, tokens),
+        lengths=torch.zeros(1),
+        longest=tokens,
+        tiles=torch.from_numpy(tiles_of(spans, tokens // 64 + 6)),
+        bounds=torch.tensor([*bounds, (0, 0)], dtype=torch.int32),
+        table=torch.tensor([*(slot_row(slot) for slot in slots), [0] * 6]),
+        scales=torch.tensor([*(slot.scale for slot in slots), 0.0]),
+        drops=torch.tensor([*(slot.config.dropout for slot in slots), 0.0]),
+        keys=torch.randint(-(2**31), 2**31 - 1, (tokens,), dtype=torch.int32),
+    )
+
+
+@pytest.fixture
+def work() -> tuple[Layout, list[Slot], Stream]:
+    """Three slots of ranks 4, 20 and 16 and different targets, with tokens that do not fill tiles."""
+    torch.manual_seed(0)
+    made = layout()
+    slots = []
+    for rank, targets in ((4, "all-linear"), (20, "attention"), (16, "mlp")):
+        config = lora_trial(rank=rank, targets=targets, alpha=2.0 * rank, dropout=0.3 if rank == 4 else 0.0)
+        slot = Slot.fresh(config, made, torch.float32, torch.device("cpu"))
+        for _, first, second in slot.pairs(slot.weights.detach()):
+            first.copy_(torch.randn(first.shape) * 0.1)
+            second.copy_(torch.randn(second.shape) * 0.1)
+        slot.refresh()
+        slots.append(slot)
+    return made, slots, stream_of(slots, [(0, 70), (70, 100), (100, 233)], 256)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal within what the order of fp32 sums explains."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_products_are_those_of_each_slot_alone(work: tuple[Layout, list[Slot], Stream], number: int) -> None:
+    """down, up and outer equal x A^T, s B and s^T x for each slot's own tokens; other tokens and buffers are untouched."""
+    from trainers.lora import kernels
+
+    made, slots, stream = work
+    group = made.groups[number]
+    x = torch.randn(256, group.inputs)
+    joined = len(group.linears)
+    s = kernels.down(x, stream, group, None, torch.zeros(256, joined * stream.rank))
+    for slot in slots:
+        slot.gradient.zero_()
+    kernels.outer(s, x, stream, group, None)
+    mapped = kernels.up(s, stream, group, None, None)
+    for slot, (start, end) in zip(slots, stream.bounds.tolist(), strict=False):
+        first = slot.first(slot.copy, group)
+        if first is None:
+            assert not mapped[start:end].any()
+            continue
+        part = x[start:end].float()
+        expected = torch.einsum("ti,jri->tjr", part, first.float()) * slot.scale
+        found = s[start:end].view(-1, joined, stream.rank)[..., : padded(slot.rank)].float()
+        close(found, expected)
+        assert not s[start:end].view(-1, joined, stream.rank)[..., slot.rank :].any()
+        gathered: Any = slot.first(slot.gradient, group)
+        close(gathered, torch.einsum("tjr,ti->jri", found, part))
+        close(mapped[start:end], torch.einsum("tjr,jri->ti", found, first.float()))
+    for member, linear in enumerate(group.linears):
+        y = kernels.up(s, stream, group, member, linear.bias.data)
+        assert torch.equal(y[240:], linear.bias.data.expand(16, -1))
+        slope = kernels.down(y, stream, group, member, torch.zeros_like(s))
+        kernels.outer(s, y, stream, group, member)
+        for slot, (start, end) in zip(slots, stream.bounds.tolist(), strict=False):
+            second: Any = slot.second(slot.copy, group, member)
+            if second is None:
+                continue
+            columns = slice(member * stream.rank, member * stream.rank + padded(slot.rank))
+            close(y[start:end], s[start:end, columns].float() @ second.float() + linear.bias)
+            close(slope[start:end, columns], y[start:end].float() @ second.float().T * slot.scale)
+            close(slot.second(slot.gradient, group, member), s[start:end, columns].float().T @ y[start:end].float())
+
+
+def test_dropout_masks_are_the_same_as_on_the_cpu(work: tuple[Layout, list[Slot], Stream]) -> None:
+    """The hash decides the same on both devices; trials without dropout pass through."""
+    from trainers.lora import dropout, kernels
+    from trainers.lora.stream import Span
+
+    made, slots, stream = work
+    group = made.groups[1]
+    x = torch.randn(256, group.inputs)
+    found = kernels.dropped(x, stream, group)
+    for slot, (start, end) in zip(slots, stream.bounds.tolist(), strict=False):
+        keys = stream.keys[start:end].long() & 0xFFFFFFFF
+        expected = dropout.apply(x[start:end], Span(slot, start, end, keys), group)
+        close(found[start:end], expected)
+        assert torch.equal(found[start:end] == 0, expected == 0)
+    assert 0.2 < float((found[:70] == 0).float().mean()) < 0.4

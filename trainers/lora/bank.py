@@ -1,0 +1,198 @@
+"""Where adapters live: one flat buffer a slot, in the order of the model's linear layers.
+
+Linear layers that read the same input (query, key and value; gate and up) form a group, and their A matrices stand
+together, so that one pass over the input serves them all. For a trial of padded rank r, with a group of J linears from
+`inputs` to `outputs[j]` features, the buffer holds
+
+    [J * r, inputs]                 A of the linears, one after the other
+    [r, outputs[j]] for each j      B transposed: its rows are rank components too
+
+Every rank component is a row, so a smaller rank uses the first rows and the padding rows stay exactly zero: with A's
+row zero its projection is zero, so B's row has no gradient, and the other way round. Attention groups come first, then
+those of the MLP, and a trial that targets one kind has a buffer for that kind alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from trainers.messages import TrialConfig
+from trainers.training import INITIALISATION, derive_seed
+
+KINDS = ("attention", "mlp")
+RANK_STEP = 16  # the smallest inner dimension of a tensor-core product
+
+
+def padded(rank: int) -> int:
+    """A rank rounded up to what the kernels compute with."""
+    return -(-rank // RANK_STEP) * RANK_STEP
+
+
+@dataclass
+class Group:
+    """Linear layers that read one input. `first`, `seconds`: elements before A and each B, for a rank of one."""
+
+    number: int
+    number: int
+    kind: str
+    names: list[str]
+    linears: list[nn.Linear]
+    order: list[int]  # each linear's place among the model's linear layers
+    first: int = 0
+    seconds: list[int] = field(default_factory=list)
+
+    @property
+    def inputs(self) -> int:
+        """Input features."""
+        return self.linears[0].in_features
+
+    @property
+    def outputs(self) -> list[int]:
+        """Output features of each linear."""
+        return [linear.out_features for linear in self.linears]
+
+    @property
+    def size(self) -> int:
+        """Elements for a rank of one."""
+        return len(self.linears) * self.inputs + sum(self.outputs)
+
+
+class Layout:
+    """The groups of a model with the place of each in a slot's buffer, counted from the start of its kind."""
+
+    def __init__(self, groups: list[Group]) -> None:
+        self.groups = groups
+        self.sizes = dict.fromkeys(KINDS, 0)
+        for group in groups:
+            at = self.sizes[group.kind]
+            group.first = at
+            at += len(group.linears) * group.inputs
+            group.seconds = []
+            for outputs in group.outputs:
+                group.seconds.append(at)
+                at += outputs
+            self.sizes[group.kind] = at
+
+    def kinds(self, targets: str) -> list[str]:
+        """The kinds of linear layers that a trial's targets mean."""
+        return [kind for kind in KINDS if targets in (kind, "all-linear")]
+
+    def start(self, targets: str, kind: str) -> int | None:
+        """Elements, for a rank of one, before a kind's part of the buffer; None where the targets leave it out."""
+        kinds = self.kinds(targets)
+        return None if kind not in kinds else sum(self.sizes[k] for k in kinds[: kinds.index(kind)])
+
+    def elements(self, targets: str, rank: int) -> int:
+        """Elements of a slot's buffer for a trial of this rank."""
+        return padded(rank) * sum(self.sizes[kind] for kind in self.kinds(targets))
+
+
+@dataclass
+class Slot:
+    """One trial's adapter in flat buffers: fp32 weights, gradient and moments, and the copy that is computed with.
+
+    On a GPU the copy is bf16; on the CPU it is the weights themselves.
+    """
+
+    config: TrialConfig
+    layout: Layout
+    weights: nn.Parameter
+    copy: torch.Tensor
+    optimizer: torch.optim.AdamW
+
+    @classmethod
+    def fresh(cls, config: TrialConfig, layout: Layout, dtype: torch.dtype, device: torch.device) -> Slot:
+        """Allocates a trial's buffers with PEFT's initial values. Raises ValueError without rank, alpha or targets."""
+        if config.rank is None or config.alpha is None or config.targets is None:
+            raise ValueError(f"trial {config.number}: LoRA needs rank and alpha, and targets")
+        if not any(layout.sizes[kind] for kind in layout.kinds(config.targets)):
+            raise ValueError(f"trial {config.number}: the model has no linear layers for targets {config.targets}")
+        compute = torch.bfloat16 if dtype == torch.bfloat16 else dtype
+        masters = torch.float32 if compute == torch.bfloat16 else compute
+        weights = nn.Parameter(torch.zeros(layout.elements(config.targets, config.rank), dtype=masters, device=device))
+        weights.grad = torch.zeros_like(weights)
+        copy = weights.detach() if compute == masters else torch.zeros_like(weights, dtype=compute)
+        # One flat parameter: torch's own fused AdamW steps a whole adapter in one kernel.
+        optimizer = torch.optim.AdamW(
+            [weights], lr=config.learning_rate, weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda")
+        )
+        slot = cls(config, layout, weights, copy.requires_grad_(False), optimizer)
+        slot.initialise()
+        return slot
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """What backward adds to, in the masters' precision."""
+        assert self.weights.grad is not None
+        return self.weights.grad
+
+    @property
+    def rank(self) -> int:
+        """The trial's rank."""
+        assert self.config.rank is not None
+        return self.config.rank
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        assert self.config.alpha is not None
+        return self.config.alpha / self.rank
+
+    def offset(self, group: Group, element: int) -> int | None:
+        """Where a group's part begins in the buffer; `element` is `first` or one of `seconds`. None: not targeted."""
+        assert self.config.targets is not None
+        start = self.layout.start(self.config.targets, group.kind)
+        return None if start is None else padded(self.rank) * (start + element)
+
+    def first(self, buffer: torch.Tensor, group: Group) -> torch.Tensor | None:
+        """A of a group in one of the slot's buffers, [J, padded rank, inputs]."""
+        at = self.offset(group, group.first)
+        if at is None:
+            return None
+        rows = padded(self.rank)
+        return buffer[at : at + len(group.linears) * rows * group.inputs].view(-1, rows, group.inputs)
+
+    def second(self, buffer: torch.Tensor, group: Group, member: int) -> torch.Tensor | None:
+        """B transposed of one linear in one of the slot's buffers, [padded rank, outputs]."""
+        at = self.offset(group, group.seconds[member])
+        if at is None:
+            return None
+        rows, outputs = padded(self.rank), group.outputs[member]
+        return buffer[at : at + rows * outputs].view(rows, outputs)
+
+    def pairs(self, buffer: torch.Tensor) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """The targeted linears of the model, in its order: name, A [rank, inputs] and B [outputs, rank], as views."""
+        found = []
+        for group in self.layout.groups:
+            first = self.first(buffer, group)
+            for member, (name, place) in enumerate(zip(group.names, group.order, strict=True)):
+                second = self.second(buffer, group, member)
+                if first is not None and second is not None:
+                    found.append((place, name, first[member, : self.rank], second[: self.rank].T))
+        for _, name, first, second in sorted(found, key=lambda pair: pair[0]):
+            yield name, first, second
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Gives A its initial values; B is zero.
+
+        The distribution is PEFT's own, Kaiming-uniform with a = sqrt(5). The numbers come from one fp32 CPU generator
+        over the linears in the model's order, so they depend on nothing that ran before, and on no device or width.
+        """
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, INITIALISATION))
+        for _, first, _ in self.pairs(self.weights):
+            values = torch.empty(first.shape, dtype=torch.float32)
+            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+            first.copy_(values)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Rounds the weights into the copy that is computed with."""
+        if self.copy.dtype != self.weights.dtype:
+            self.copy.copy_(self.weights)

@@ -1,0 +1,287 @@
+"""Runs streams on a CUDA device: fixed shapes, compiled layers, and graphs where launching costs more than computing.
+
+A stream is padded to one of a few lengths, so nothing is compiled or captured again when trials come and go: what
+changes from one micro-step to the next is the content of buffers. The host lays out the next stream while the device
+works on this one, and nothing between two optimizer steps waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from trainers.lora.attention import packed as packed_attention
+from trainers.lora.bank import Slot, padded
+from trainers.lora.head import CHUNK_STEP, Targets
+from trainers.lora.linear import PackedGroup
+from trainers.lora.stream import TILE, Laid, Part, Stream, lay, slot_row, tiles_of
+from trainers.models import Base
+from trainers.splits import Split
+
+SHORTEST = 512  # tokens of the shortest stream
+EXAMPLES_STEP = 256  # of room for examples in a stream
+GRAPH_WORK = 6e12  # tokens times parameters up to which launches, not products, bound a step
+_STAGES = 3  # host buffers in turn, so that the host can lay out ahead of the device
+
+
+def length_of(tokens: int, budget: int) -> int:
+    """The length a stream of so many tokens is padded to: the budget, or 3/4, 1/2, 3/8 … of it, or what is needed."""
+    if tokens > budget:
+        return -(-tokens // SHORTEST) * SHORTEST
+    best = budget
+    for share in (3 / 4, 1 / 2):
+        size = budget * share
+        while size >= max(tokens, SHORTEST):
+            best = min(best, -(-int(size) // TILE) * TILE)
+            size /= 2
+    return best
+
+
+@dataclass
+class Frame:
+    """Buffers of one stream shape, and its graphs once it was seen often enough to be worth them."""
+
+    stream: Stream
+    raw: torch.Tensor
+    uses: int = 0
+    graphs: dict[tuple[bool, int], tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]] = field(default_factory=dict)
+    hidden: torch.Tensor | None = None  # of the captured forward
+    slope: torch.Tensor | None = None  # read by the captured backward
+
+
+class _Staging:
+    """Pinned host buffers, used in turn."""
+
+    def __init__(self) -> None:
+        self._turn = 0
+        self._buffers: list[torch.Tensor | None] = [None] * _STAGES
+        self._events: list[torch.cuda.Event | None] = [None] * _STAGES
+
+    def send(self, array: NDArray[np.int32], device: torch.Tensor) -> None:
+        """Copies an array into a device tensor of its size, without waiting."""
+        self._turn = (self._turn + 1) % _STAGES
+        buffer, event = self._buffers[self._turn], self._events[self._turn]
+        if event is not None:
+            event.synchronize()
+        if buffer is None or buffer.numel() < len(array):
+            buffer = torch.empty(len(array), dtype=torch.int32, pin_memory=True)
+            self._buffers[self._turn] = buffer
+        buffer[: len(array)].numpy()[:] = array
+        device.copy_(buffer[: len(array)], non_blocking=True)
+        event = self._events[self._turn] = torch.cuda.Event()
+        event.record()
+
+
+class GpuRunner:
+    """Implements `trainers.lora.runner.Runner` on a CUDA device."""
+
+    shared = True
+
+    def __init__(self, base: Base, groups: list[PackedGroup], slots: int, longest: int, budget: int) -> None:
+        """`longest` example in tokens; `budget` tokens of a full stream."""
+        self._base = base
+        self._groups = groups
+        self._slots = slots
+        self._longest = -(-longest // 128) * 128
+        self.budget = budget
+        self._rank = padded(1)
+        device = base.device
+        self._table = torch.zeros((slots + 1, 6), dtype=torch.int64, device=device)
+        self._scales = torch.zeros(slots + 1, device=device)
+        self._drops = torch.zeros(slots + 1, device=device)
+        self._dropout = [0.0] * (slots + 1)
+        self._frames: dict[tuple[int, int], Frame] = {}
+        self._staging = [_Staging(), _Staging(), _Staging()]
+        self._pool = torch.cuda.graph_pool_handle()
+        self._hidden: torch.Tensor | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._parameters = base.model.num_parameters()
+        self.compile = True
+        self._calls: list[Any] = []
+        self.graphs = True
+
+    # --- slots and streams ------------------------------------------------------------------------------------------
+
+    def seat(self, index: int, slot: Slot | None) -> None:
+        """Puts a trial's buffers in a slot, or frees it."""
+        row = [0] * 6 if slot is None else slot_row(slot)
+        self._table[index] = torch.tensor(row, dtype=torch.int64)
+        self._scales[index] = 0.0 if slot is None else slot.scale
+        self._dropout[index] = 0.0 if slot is None else slot.config.dropout
+        self._drops[index] = self._dropout[index]
+        if slot is not None and padded(slot.rank) > self._rank:
+            self._rank = 1 << (padded(slot.rank) - 1).bit_length()
+            self._frames.clear()
+
+    def load(self, split: Split, parts: Sequence[Part]) -> tuple[Stream, Targets]:
+        """Lays the parts out on the device, in the frame of their shape."""
+        laid = lay(split, parts, self._slots)
+        tokens = len(laid.ids)
+        length = length_of(tokens, self.budget)
+        tail = -(-(length - tokens) // self._longest)
+        room = -(-(len(laid.lengths) + tail) // EXAMPLES_STEP) * EXAMPLES_STEP
+        frame = self._frames.get((length, room))
+        if frame is None:
+            frame = self._frames[length, room] = self._frame(length, room)
+        self._staging[0].send(self._fields(laid, parts, length, room, frame.stream.tiles.shape[0]), frame.raw)
+        frame.stream.tokens = tokens
+        frame.stream.dropout = any(self._dropout[part.index] > 0 for part in parts if part.slot is not None)
+        return frame.stream, self._targets(laid)
+
+    def _frame(self, length: int, room: int) -> Frame:
+        tiles = length // TILE + 2 * self._slots + 2
+        sizes = [length, length, room + 1, tiles * 3, (self._slots + 1) * 2, length]
+        raw = torch.zeros(sum(sizes), dtype=torch.int32, device=self._base.device)
+        ids, positions, lengths, tiled, bounds, keys = raw.split(sizes)
+        stream = Stream(
+            rank=self._rank,
+            tokens=0,
+            ids=ids[None],
+            positions=positions[None],
+            lengths=lengths,
+            longest=self._longest,
+            tiles=tiled.view(tiles, 3),
+            bounds=bounds.view(-1, 2),
+            table=self._table,
+            scales=self._scales,
+            drops=self._drops,
+            keys=keys,
+        )
+        return Frame(stream, raw)
+
+    def _fields(self, laid: Laid, parts: Sequence[Part], length: int, room: int, tiles: int) -> NDArray[np.int32]:
+        tokens = len(laid.ids)
+        tail = np.zeros(length - tokens, dtype=np.int32)
+        # The tail is examples too, of no slot: attention over it stays short and finite.
+        ends = np.minimum(np.arange(tokens, length, self._longest, dtype=np.int32) + self._longest, length)
+        lengths = np.full(room + 1, length, dtype=np.int32)
+        lengths[: len(laid.lengths)] = laid.lengths
+        lengths[len(laid.lengths) : len(laid.lengths) + len(ends)] = ends
+        bounds = np.zeros((self._slots + 1, 2), dtype=np.int32)
+        spans = []
+        for part, (start, end) in zip(parts, laid.bounds, strict=True):
+            index = part.index if part.slot is not None else self._slots
+            spans.append((start, end, index))
+            if part.slot is not None:
+                bounds[index] = start, end
+        cut = tiles_of([*spans, (tokens, length, self._slots)], tiles)
+        within = np.arange(length - tokens, dtype=np.int32) % self._longest
+        keys = np.zeros(length, dtype=np.int32)
+        if laid.keys is not None:
+            keys[:tokens] = laid.keys.astype(np.uint32).view(np.int32)
+        return np.concatenate(
+            [laid.ids, tail, laid.positions, within, lengths, cut.ravel(), bounds.ravel(), keys], dtype=np.int32
+        )
+
+    def _targets(self, laid: Laid) -> Targets:
+        scored = laid.scored
+        count = len(scored.predict)
+        size = max(CHUNK_STEP, -(-count // CHUNK_STEP) * CHUNK_STEP)
+        packed = np.zeros((4, size), dtype=np.int32)
+        packed[2] = self._slots
+        packed[0, :count], packed[1, :count], packed[2, :count] = scored.predict, scored.targets, scored.owners
+        packed[3, :count] = scored.weights.view(np.int32)
+        raw = torch.empty(packed.size, dtype=torch.int32, device=self._base.device)
+        self._staging[1].send(packed.ravel(), raw)
+        rows = raw.view(4, size)
+        return Targets(rows[0].long(), rows[1].long(), rows[2].long(), rows[3].view(torch.float32))
+
+    # --- running ----------------------------------------------------------------------------------------------------
+
+    def forward(self, stream: Stream, training: bool = True) -> torch.Tensor:
+        """Hidden states [T, d] of the stream, detached."""
+        for group in self._groups:
+            group.stream = stream
+        frame = next(frame for frame in self._frames.values() if frame.stream is stream)
+        self._graph = None
+        if not training:
+            return self._body(stream, training=False)
+        frame.uses += 1
+        key = (stream.dropout, stream.rank)
+        worth = self.graphs and stream.ids.shape[1] * self._parameters <= GRAPH_WORK
+        if worth and key not in frame.graphs and frame.uses > 2:
+            self._capture(frame, key)
+        if worth and key in frame.graphs:
+            forward, self._graph = frame.graphs[key]
+            forward.replay()
+            self._hidden = frame.slope
+            assert frame.hidden is not None
+            return frame.hidden
+        self._hidden = self._body(stream, training=True)
+        return self._hidden.detach()
+
+    def backward(self, stream: Stream, gradient: torch.Tensor) -> None:
+        """Adds the adapters' gradients to the slots, from the gradient [T, d] of the last forward's hidden states."""
+        hidden, self._hidden = self._hidden, None
+        assert hidden is not None
+        if self._graph is not None:
+            hidden.copy_(gradient)
+            self._graph.replay()
+        else:
+            hidden.backward(gradient)
+
+    def recover(self) -> None:
+        """Forgets a forward that came to nothing, and gives its memory back."""
+        self._hidden = self._graph = None
+        self._frames.clear()
+        torch.cuda.empty_cache()
+
+    def _body(self, stream: Stream, training: bool) -> torch.Tensor:
+        embedded = self._base.model.get_input_embeddings()(stream.ids)
+        with packed_attention(self._base.model), self._compiled(), torch.set_grad_enabled(training):
+            hidden: torch.Tensor = self._base.decoder(
+                inputs_embeds=embedded.requires_grad_(training),
+                position_ids=stream.positions,
+                use_cache=False,
+                cu_seq_lens_q=stream.lengths,
+                max_length_q=stream.longest,
+            ).last_hidden_state[0]
+        return hidden
+
+    @contextmanager
+    def _compiled(self) -> Iterator[None]:
+        """The decoder's layers compiled, for the time of the context: other engines run them as they are."""
+        layers = layers_of(self._base.decoder) if self.compile else []
+        for layer, call in zip(layers, self._calls or [None] * len(layers), strict=True):
+            if call is None:
+                layer.compile(dynamic=True)
+            else:
+                layer._compiled_call_impl = call
+        self._calls = [layer._compiled_call_impl for layer in layers]
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._compiled_call_impl = None
+
+    def _capture(self, frame: Frame, key: tuple[bool, int]) -> None:
+        """Captures forward and backward of a frame. The gradient is zero meanwhile, so no slot's changes."""
+        stream = frame.stream
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                hidden = self._body(stream, training=True)
+                hidden.backward(torch.zeros_like(hidden))
+        torch.cuda.current_stream().wait_stream(side)
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(forward, pool=self._pool):
+            hidden = self._body(stream, training=True)
+        slope = torch.zeros_like(hidden)
+        with torch.cuda.graph(backward, pool=self._pool):
+            hidden.backward(slope)
+        frame.graphs[key] = forward, backward
+        frame.hidden, frame.slope = hidden.detach(), slope
+
+
+def layers_of(decoder: nn.Module) -> list[nn.Module]:
+    """The decoder's layers: the longest list of modules in it."""
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=len)) if lists else []

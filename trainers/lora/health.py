@@ -1,0 +1,49 @@
+"""Says when a trial is lost: not finite, or worse than where it started for long."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass, field
+
+DECAY = 0.8  # of the smoothed loss
+PATIENCE = 0.1  # share of the run that a loss may stay above its start, and at least
+MIN_PATIENCE = 20  # steps
+MARGIN = 0.1  # nats above the start that noise between batches explains
+EXPLODED = 1000.0  # times the usual gradient norm
+_HISTORY = 50
+
+
+@dataclass
+class Health:
+    """Watches one trial's losses (nats a completion token) and gradient norms, step by step.
+
+    The start is the mean loss of the first three steps: a new adapter is the base model, and warm-up keeps it near. Of a
+    trial that was resumed the start is not known, and only figures that are not finite end it.
+    """
+
+    steps: int
+    resumed: bool = False
+    seen: int = 0
+    start: float = 0.0
+    smooth: float = math.nan
+    above: int = 0
+    norms: list[float] = field(default_factory=list)
+
+    def watch(self, loss: float, norm: float) -> str | None:
+        """Takes one step's figures; returns why the trial is given up, or None."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return f"loss {loss:g}, gradient norm {norm:g}"
+        self.seen += 1
+        if self.seen <= 3:
+            self.start += (loss - self.start) / self.seen
+        self.smooth = loss if math.isnan(self.smooth) else DECAY * self.smooth + (1 - DECAY) * loss
+        worse = not self.resumed and self.smooth > self.start + MARGIN
+        self.above = self.above + 1 if worse else 0
+        usual = statistics.median(self.norms) if len(self.norms) >= 10 else math.inf
+        self.norms = [*self.norms[-_HISTORY:], norm]
+        if worse and norm > EXPLODED * usual:
+            return f"gradient norm {norm:.3g}, usually {usual:.3g}, and loss {self.smooth:.3g} above {self.start:.3g}"
+        if self.above >= max(MIN_PATIENCE, PATIENCE * self.steps):
+            return f"loss {self.smooth:.3g} for {self.above} steps, above the {self.start:.3g} it started from"
+        return None

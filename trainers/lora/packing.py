@@ -1,0 +1,80 @@
+"""Which examples go into a stream: whole ones, of one trial's batch or shared out among several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass
+class Batch:
+    """What is left of one optimizer step: rows of the training split by their place in the batch, and their tokens."""
+
+    rows: list[int]
+    lengths: list[int]
+    left: list[int] = field(default_factory=list)
+    fresh: bool = True  # nothing of it was taken yet
+
+    def __post_init__(self) -> None:
+        """At first all is left."""
+        self.left = list(range(len(self.rows)))
+
+    @property
+    def empty(self) -> bool:
+        """Whether every example was taken."""
+        return not self.left
+
+    def take(self, budget: int) -> list[int]:
+        """Takes places in their order while they fit into `budget` tokens, but at least one; returns them."""
+        taken, room = [], budget
+        while self.left and (not taken or self.lengths[self.left[0]] <= room):
+            place = self.left.pop(0)
+            room -= self.lengths[place]
+            taken.append(place)
+        self.fresh = False
+        return taken
+
+    def fill(self, room: int) -> list[int]:
+        """Takes the places that fit into `room` tokens, the longest first; returns them in their order."""
+        taken = []
+        for place in sorted(self.left, key=lambda p: -self.lengths[p]):
+            if self.lengths[place] <= room:
+                room -= self.lengths[place]
+                taken.append(place)
+        self.left = [place for place in self.left if place not in taken]
+        self.fresh = self.fresh and not taken
+        return sorted(taken)
+
+
+def share(batches: Sequence[Batch], budget: int) -> list[list[int]]:
+    """Fills a stream of `budget` tokens from batches in their order; returns the places taken of each.
+
+    A batch that fits goes in whole; what is left of the room is filled with the longest examples that fit. At least
+    one example is taken, however long.
+    """
+    taken: list[list[int]] = [[] for _ in batches]
+    room = budget
+    for chosen, batch in zip(taken, batches, strict=True):
+        places = batch.fill(room)
+        room -= sum(batch.lengths[place] for place in places)
+        chosen += places
+    if not any(taken):
+        taken[0] += batches[0].take(0)
+    return taken
+
+
+def cut(rows: Sequence[int], lengths: NDArray[np.int64], budget: int) -> list[list[int]]:
+    """Cuts rows, in their order, into parts of at most `budget` tokens, but at least one row."""
+    parts: list[list[int]] = []
+    tokens = budget + 1
+    for row in rows:
+        length = int(lengths[row])
+        if tokens + length > budget:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(int(row))
+        tokens += length
+    return parts
