@@ -148,7 +148,7 @@ def _whole(row: Any, rest: list[Any], last: int) -> bool:
 def _next_ones(projector: Projector, config: Any, row: Any) -> list[Pair]:
     """The forecasts of one row's measurements from what was learned before them."""
     candidates = [
-        ("train", projector.train(config, row.train_tokens), row.train_ms),
+        ("train", projector.train(config, row.train_tokens, row.width), row.train_ms),
         ("evaluate", projector.evaluation(row.evaluate_tokens), row.evaluate_ms),
         ("checkpoint", projector.checkpoint(config.method), row.checkpoint_ms),
     ]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import adapter, curve, full_trial, logits, lora_trial, peft_initialise, same_bits, weights
+from tiny import adapter, curve, full_trial, logits, lora_trial, peft_initialise, plain_curve, same_bits, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainers import training
@@ -23,48 +23,12 @@ from trainers.full.engine import FullEngine
 from trainers.lora import engine as lora_engine
 from trainers.messages import TrialConfig
 from trainers.models import LoadedEngines
-from trainers.splits import Split, batches, load_split
+from trainers.splits import batches, load_split
 
 Load = Callable[[], LoadedEngines]
 # PEFT 0.21 asks transformers 5.23 for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 BOTH = pytest.mark.parametrize("config", [lora_trial(dropout=0.1), full_trial()], ids=["lora", "full"])
-
-
-def plain_loss(model: Any, split: Split, rows: Any) -> torch.Tensor:
-    """Mean loss over the completion tokens of a batch, one example at a time, by transformers alone."""
-    total, count = torch.zeros(()), 0
-    for example in (split[int(row)] for row in rows):
-        logits = model(input_ids=torch.from_numpy(example.ids).long()[None]).logits[0, :-1]
-        wanted = torch.from_numpy(example.ids).long()[1:].masked_fill(torch.from_numpy(example.mask)[1:] == 0, -100)
-        total = total + torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
-        count += int(example.mask.sum())
-    return total / count
-
-
-def plain_curve(model: Any, config: TrialConfig, train: Split, steps: int) -> list[float]:
-    """A loop as people write it: AdamW, clip_grad_norm_, LambdaLR."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
-    plan = batches(config, train.rows)
-    warm = math.ceil(config.warmup * len(plan))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: (s + 1) / warm if s < warm else (len(plan) - s) / (len(plan) - warm)
-    )
-    losses = []
-    for rows in plan[:steps]:
-        loss = plain_loss(model, train, rows)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, config.clip_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 def test_lora_equals_a_plain_peft_loop(load: Load, model_folder: Path, data_folder: Path) -> None:

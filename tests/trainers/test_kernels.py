@@ -15,13 +15,13 @@ from trainers.lora.bank import Group, Layout, Slot, padded  # noqa: E402
 from trainers.lora.stream import Stream, slot_row, tiles_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret, reason="the interpreter is chosen by TRITON_INTERPRET=1 before Triton is loaded"
+    not triton.knobs.runtime.interpret, reason="on a GPU machine the interpreter must be asked for: TRITON_INTERPRET=1"
 )
 
 
 def layout() -> Layout:
     """An attention group of three linears of unequal sizes, and an MLP group of one."""
-    shapes = [("attention", 48, [48, 20, 20]), ("mlp", 48, [72])]
+    shapes = [("attention", 48, [48, 20, 20]), ("mlp", 520, [72])]
     groups = []
     for number, (kind, inputs, outputs) in enumerate(shapes):
         linears = [nn.Linear(inputs, size) for size in outputs]
@@ -42,6 +42,7 @@ def stream_of(slots: list[Slot], bounds: list[tuple[int, int]], tokens: int) -> 
         lengths=torch.zeros(1),
         longest=tokens,
         tiles=torch.from_numpy(tiles_of(spans, tokens // 64 + 6)),
+        wide=torch.from_numpy(tiles_of(spans, tokens // 128 + 6, 128)),
         bounds=torch.tensor([*bounds, (0, 0)], dtype=torch.int32),
         table=torch.tensor([*(slot_row(slot) for slot in slots), [0] * 6]),
         scales=torch.tensor([*(slot.scale for slot in slots), 0.0]),
@@ -74,7 +75,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_products_are_those_of_each_slot_alone(work: tuple[Layout, list[Slot], Stream], number: int) -> None:
-    """down, up and outer equal x A^T, s B and s^T x for each slot's own tokens; other tokens and buffers are untouched."""
+    """down, up, mixed and outer are x A^T, s B, with the base, and s^T x for each slot's own tokens, and no others."""
     from trainers.lora import kernels
 
     made, slots, stream = work
@@ -86,6 +87,9 @@ def test_products_are_those_of_each_slot_alone(work: tuple[Layout, list[Slot], S
         slot.gradient.zero_()
     kernels.outer(s, x, stream, group, None)
     mapped = kernels.up(s, stream, group, None, None)
+    grads, weights = [torch.randn(256, n) for n in group.outputs], [linear.weight.data for linear in group.linears]
+    fused = kernels.mixed(grads, weights, False, s, stream, group, None, None)
+    close(fused, mapped + sum(grad @ weight for grad, weight in zip(grads, weights, strict=True)))
     for slot, (start, end) in zip(slots, stream.bounds.tolist(), strict=False):
         first = slot.first(slot.copy, group)
         if first is None:
@@ -102,6 +106,8 @@ def test_products_are_those_of_each_slot_alone(work: tuple[Layout, list[Slot], S
     for member, linear in enumerate(group.linears):
         y = kernels.up(s, stream, group, member, linear.bias.data)
         assert torch.equal(y[240:], linear.bias.data.expand(16, -1))
+        fused = kernels.mixed([x], [linear.weight.data], True, s, stream, group, member, linear.bias.data)
+        close(fused, y + x @ linear.weight.data.T)
         slope = kernels.down(y, stream, group, member, torch.zeros_like(s))
         kernels.outer(s, y, stream, group, member)
         for slot, (start, end) in zip(slots, stream.bounds.tolist(), strict=False):

@@ -1,4 +1,4 @@
-"""A slot's adapter as a standard PEFT folder, and its optimizer state beside it; written from flat buffers and read back."""
+"""A slot's adapter as a standard PEFT folder with its optimizer state: written from flat buffers and read back."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def write_optimizer(folder: Path, slot: Slot) -> None:
 
 @torch.no_grad()
 def read_adapter(folder: Path, slot: Slot) -> None:
-    """Fills a slot's weights from a PEFT adapter. Raises CheckpointError where it is of other modules or another rank."""
+    """Fills a slot's weights from a PEFT adapter. Raises CheckpointError where it is of other modules or rank."""
     tensors = load_tensors(folder / ADAPTER)
     mine = named(slot, slot.weights)
     if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in mine.items()}:

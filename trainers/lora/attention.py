@@ -32,6 +32,7 @@ def packed_attention(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     examples: list[int] | None = None,
+    blocks: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, heads, T, d], key and value [1, key heads, T, d]; returns [1, T, heads, d].
@@ -40,12 +41,16 @@ def packed_attention(
     """
     causal = others.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    if softcap is not None or others.get("s_aux") is not None or not causal or cu_seq_lens_q is None:
-        raise ValueError("this attention is causal and knows neither soft-capped scores nor sinks")
+    if softcap is not None or others.get("s_aux") is not None or not causal:
+        raise ValueError("its attention is not plain causal attention (soft-capped scores, sinks or no mask)")
+    if cu_seq_lens_q is None:
+        raise ValueError("its layers do not tell their attention where examples end")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     if q.is_cuda:
         assert max_length_q is not None
+        if blocks is not None and (sliding_window is None or sliding_window >= max_length_q):
+            return torch.ops.sweep.attention(query[0], key[0], value[0], blocks, scale)[0][None], None
         out = torch.ops.aten._flash_attention_forward(
             q,
             k,

@@ -38,7 +38,6 @@ class Group:
     """Linear layers that read one input. `first`, `seconds`: elements before A and each B, for a rank of one."""
 
     number: int
-    number: int
     kind: str
     names: list[str]
     linears: list[nn.Linear]

@@ -2,8 +2,8 @@
 
 A token's key is hashed from (trial seed, step, place of its example in the batch, position); with the number of the
 group of linear layers and the feature it decides whether a value is kept. The linears of a group share one mask, since
-they share the pass over their input. The hash is the finaliser of MurmurHash3 (Appleby, public domain), 32 bits wide, on
-the CPU as in `kernels.py`.
+they share the pass over their input. The hash is the finaliser of MurmurHash3 (Appleby, public domain), 32 bits wide,
+on the CPU as in `kernels.py`.
 """
 
 from __future__ import annotations

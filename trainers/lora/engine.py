@@ -30,8 +30,9 @@ from trainers.lora.models import find_groups
 from trainers.lora.packing import Batch
 from trainers.lora.runner import CpuRunner, Runner
 from trainers.lora.stream import Part
+from trainers.loss import compare_with_own
 from trainers.messages import FailureCode, TrialConfig
-from trainers.models import Base, ModelError
+from trainers.models import Base, ModelError, one_line
 from trainers.splits import Split, batches
 from trainers.training import DROPOUT, MICRO_TOKENS, derive_seed, is_out_of_memory, rate
 
@@ -102,9 +103,11 @@ class LoraEngine:
         self._reports: deque[_Report] = deque()
         self._failures: list[TrialFailed] = []
         self._turn = 0
-        self._computed = self._real = 0
+        self.trained_tokens = 0  # real ones, of all trials
+        self._computed = 0
         self._runner: Runner = self._make_runner()
         self._sums = torch.zeros(slots + 1, dtype=torch.float64, device=base.device)
+        self._verify()
 
     def _make_runner(self) -> Runner:
         longest = int(max(self.train.lengths.max(), self.validation.lengths.max()))
@@ -112,7 +115,7 @@ class LoraEngine:
             from trainers.lora.gpu import GpuRunner
 
             return GpuRunner(self.base, self._packed, self.slots, longest, self.micro_tokens)
-        return CpuRunner(self.base, self._packed)
+        return CpuRunner(self.base, self._packed, self.slots)
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
@@ -124,6 +127,18 @@ class LoraEngine:
         finally:
             for packed in self._packed:
                 unpack(packed)
+
+    @torch.no_grad()
+    def _verify(self) -> None:
+        """Compares the loss of two examples in one stream with the model's own. Raises ModelError on a mismatch."""
+        rows = [0, min(1, self.train.rows - 1)]
+        try:
+            with self._at_work():
+                ours = float(self._nll(self.train, Part(self.slots, None, rows, rows, 0, 1.0)))
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"{self.base.name}: cannot be packed: {one_line(error)}; use another model") from error
+        compare_with_own(self.base, [self.train[row] for row in rows], ours)
+        self._runner.ready()
 
     # --- coming and going -------------------------------------------------------------------------------------------
 
@@ -180,7 +195,7 @@ class LoraEngine:
 
     def occupancy(self) -> float:
         """Real tokens of training over tokens computed, since the start; nan before."""
-        return self._real / self._computed if self._computed else math.nan
+        return self.trained_tokens / self._computed if self._computed else math.nan
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -257,13 +272,14 @@ class LoraEngine:
         assert slope is not None
         self._runner.backward(stream, slope)
         self._sums += sums
-        self._real += stream.tokens
+        self.trained_tokens += stream.tokens
         self._computed += stream.ids.shape[1]
 
     def _halve(self, training: list[Live], parts: list[Part], message: str) -> None:
         """After a lack of memory: smaller streams from here on, and the batches that were in this one from their start.
 
-        A stream of one example can't be smaller: its trial fails.
+        A stream that can't be smaller fails the trial whose example is the longest. Such a stream is of one example, or
+        of one of each trial where each has a room of its own.
         """
         self._runner.recover()
         touched = {part.index for part in parts}
@@ -271,9 +287,10 @@ class LoraEngine:
             if live.index in touched:
                 live.batch = None
                 live.slot.gradient.zero_()
-                self._sums[live.index] = 0.0
-        if sum(len(part.rows) for part in parts) == 1:
-            failed = next(live for live in training if live.index in touched)
+                self._sums[live.index].zero_()
+        if all(len(part.rows) == 1 for part in parts) and (len(parts) == 1 or not self._runner.shared):
+            longest = max(parts, key=lambda part: int(self.train.lengths[part.rows[0]]))
+            failed = next(live for live in training if live.index == longest.index)
             text = f"step {failed.step + 1}: {message}"
             self._failures.append(TrialFailed(failed.config.number, "out_of_memory", text))
         else:
@@ -294,7 +311,7 @@ class LoraEngine:
             live.slot.optimizer.step()
             gradient.zero_()
             live.slot.refresh()
-            self._sums[live.index] = 0.0
+            self._sums[live.index].zero_()
             live.step += 1
             assert live.batch is not None
             live.tokens += sum(live.batch.lengths)
@@ -355,10 +372,7 @@ class LoraEngine:
         for rows in (range(rung), range(rung, count)):
             nll = torch.zeros((), dtype=torch.float64, device=self.base.device)
             for part in packing.cut(list(rows), self.validation.lengths, self.micro_tokens):
-                stream, targets = self._runner.load(self.validation, [Part(index, slot, part, part, 0, 1.0)])
-                stream.dropout = False
-                hidden = self._runner.forward(stream, training=False)
-                nll += score(hidden, self.base.head.weight, targets, self.slots + 1, False)[0][index]
+                nll += self._nll(self.validation, Part(index, slot, part, part, 0, 1.0))
             sums.append(float(nll))
         offsets = self.validation.offsets
         return Evaluation(
@@ -368,6 +382,13 @@ class LoraEngine:
             completion_tokens=int(self.validation.mask[: offsets[count]].sum()),
             input_tokens=int(offsets[count]),
         )
+
+    def _nll(self, split: Split, part: Part) -> torch.Tensor:
+        """The loss of one part (fp64 scalar), without dropout."""
+        stream, targets = self._runner.load(split, [part])
+        stream.dropout = False
+        hidden = self._runner.forward(stream, training=False)
+        return score(hidden, self.base.head.weight, targets, self.slots + 1, False)[0][part.index]
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 
@@ -390,7 +411,8 @@ class LoraEngine:
         """Frees the slot. The base model is as it was, to the bit."""
         live = self._of(trial)
         del self._trials[trial]
-        self._sums[live.index] = 0.0
+        self._failures = [failure for failure in self._failures if failure.trial != trial]
+        self._sums[live.index].zero_()
         self._runner.seat(live.index, None)
         self.base.busy = bool(self._trials)
 

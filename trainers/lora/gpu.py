@@ -7,6 +7,7 @@ works on this one, and nothing between two optimizer steps waits for the device.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,17 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from trainers.lora import attention_kernels  # noqa: F401  (registers the operator that attention.py calls)
 from trainers.lora.attention import packed as packed_attention
 from trainers.lora.bank import Slot, padded
-from trainers.lora.head import CHUNK_STEP, Targets
+from trainers.lora.head import Targets, chunk_of
 from trainers.lora.linear import PackedGroup
-from trainers.lora.stream import TILE, Laid, Part, Stream, lay, slot_row, tiles_of
+from trainers.lora.stream import BLOCK, TILE, WIDE, Laid, Part, Stream, blocks_of, lay, slot_row, tiles_of
 from trainers.models import Base
 from trainers.splits import Split
 
 SHORTEST = 512  # tokens of the shortest stream
-EXAMPLES_STEP = 256  # of room for examples in a stream
-GRAPH_WORK = 6e12  # tokens times parameters up to which launches, not products, bound a step
+EXAMPLES_STEP = 128  # of room for examples in a stream
 _STAGES = 3  # host buffers in turn, so that the host can lay out ahead of the device
 
 
@@ -98,14 +99,17 @@ class GpuRunner:
         self._drops = torch.zeros(slots + 1, device=device)
         self._dropout = [0.0] * (slots + 1)
         self._frames: dict[tuple[int, int], Frame] = {}
-        self._staging = [_Staging(), _Staging(), _Staging()]
+        self._staging = [_Staging(), _Staging()]
+        self._chunk = chunk_of(base.head.weight.shape[0], "cuda")
         self._pool = torch.cuda.graph_pool_handle()
+        self._taken: frozenset[int] = frozenset()
+        self._flying: deque[torch.cuda.Event] = deque()
         self._hidden: torch.Tensor | None = None
+        self._slope: torch.Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._parameters = base.model.num_parameters()
-        self.compile = True
+        self.compile = False
         self._calls: list[Any] = []
-        self.graphs = True
+        self.graphs = False
 
     # --- slots and streams ------------------------------------------------------------------------------------------
 
@@ -116,6 +120,9 @@ class GpuRunner:
         self._scales[index] = 0.0 if slot is None else slot.scale
         self._dropout[index] = 0.0 if slot is None else slot.config.dropout
         self._drops[index] = self._dropout[index]
+        self._taken = self._taken | {index} if slot is not None else self._taken - {index}
+        if not self._taken:
+            self.recover()  # what the graphs hold is wanted by whoever comes next
         if slot is not None and padded(slot.rank) > self._rank:
             self._rank = 1 << (padded(slot.rank) - 1).bit_length()
             self._frames.clear()
@@ -130,16 +137,18 @@ class GpuRunner:
         frame = self._frames.get((length, room))
         if frame is None:
             frame = self._frames[length, room] = self._frame(length, room)
-        self._staging[0].send(self._fields(laid, parts, length, room, frame.stream.tiles.shape[0]), frame.raw)
+        self._staging[0].send(self._fields(laid, parts, frame.stream), frame.raw)
         frame.stream.tokens = tokens
         frame.stream.dropout = any(self._dropout[part.index] > 0 for part in parts if part.slot is not None)
         return frame.stream, self._targets(laid)
 
     def _frame(self, length: int, room: int) -> Frame:
-        tiles = length // TILE + 2 * self._slots + 2
-        sizes = [length, length, room + 1, tiles * 3, (self._slots + 1) * 2, length]
+        # Every slot, and the tail, may end in a tile that is not full, and every example in such a block.
+        spare = self._slots + 1
+        sizes = [length, length, length, room + 1, 2 * (self._slots + 1)]
+        sizes += [3 * (length // TILE + spare), 3 * (length // WIDE + spare), 3 * (length // BLOCK + room)]
         raw = torch.zeros(sum(sizes), dtype=torch.int32, device=self._base.device)
-        ids, positions, lengths, tiled, bounds, keys = raw.split(sizes)
+        ids, positions, keys, lengths, bounds, tiles, wide, blocks = raw.split(sizes)
         stream = Stream(
             rank=self._rank,
             tokens=0,
@@ -147,7 +156,9 @@ class GpuRunner:
             positions=positions[None],
             lengths=lengths,
             longest=self._longest,
-            tiles=tiled.view(tiles, 3),
+            tiles=tiles.view(-1, 3),
+            wide=wide.view(-1, 3),
+            blocks=blocks.view(-1, 3),
             bounds=bounds.view(-1, 2),
             table=self._table,
             scales=self._scales,
@@ -156,8 +167,9 @@ class GpuRunner:
         )
         return Frame(stream, raw)
 
-    def _fields(self, laid: Laid, parts: Sequence[Part], length: int, room: int, tiles: int) -> NDArray[np.int32]:
-        tokens = len(laid.ids)
+    def _fields(self, laid: Laid, parts: Sequence[Part], stream: Stream) -> NDArray[np.int32]:
+        """What goes into a frame's buffer, in its order."""
+        tokens, length, room = len(laid.ids), stream.ids.shape[1], len(stream.lengths) - 1
         tail = np.zeros(length - tokens, dtype=np.int32)
         # The tail is examples too, of no slot: attention over it stays short and finite.
         ends = np.minimum(np.arange(tokens, length, self._longest, dtype=np.int32) + self._longest, length)
@@ -171,19 +183,21 @@ class GpuRunner:
             spans.append((start, end, index))
             if part.slot is not None:
                 bounds[index] = start, end
-        cut = tiles_of([*spans, (tokens, length, self._slots)], tiles)
+        spans.append((tokens, length, self._slots))
+        assert stream.blocks is not None
+        tables = [tiles_of(spans, len(stream.tiles)), tiles_of(spans, len(stream.wide), WIDE)]
+        tables.append(blocks_of(lengths, len(stream.blocks)))
         within = np.arange(length - tokens, dtype=np.int32) % self._longest
         keys = np.zeros(length, dtype=np.int32)
         if laid.keys is not None:
             keys[:tokens] = laid.keys.astype(np.uint32).view(np.int32)
-        return np.concatenate(
-            [laid.ids, tail, laid.positions, within, lengths, cut.ravel(), bounds.ravel(), keys], dtype=np.int32
-        )
+        fields = [laid.ids, tail, laid.positions, within, keys, lengths, bounds.ravel()]
+        return np.concatenate([*fields, *(table.ravel() for table in tables)], dtype=np.int32)
 
     def _targets(self, laid: Laid) -> Targets:
         scored = laid.scored
         count = len(scored.predict)
-        size = max(CHUNK_STEP, -(-count // CHUNK_STEP) * CHUNK_STEP)
+        size = -(-count // self._chunk) * self._chunk
         packed = np.zeros((4, size), dtype=np.int32)
         packed[2] = self._slots
         packed[0, :count], packed[1, :count], packed[2, :count] = scored.predict, scored.targets, scored.owners
@@ -205,13 +219,12 @@ class GpuRunner:
             return self._body(stream, training=False)
         frame.uses += 1
         key = (stream.dropout, stream.rank)
-        worth = self.graphs and stream.ids.shape[1] * self._parameters <= GRAPH_WORK
-        if worth and key not in frame.graphs and frame.uses > 2:
+        if self.graphs and key not in frame.graphs and frame.uses > 2:
             self._capture(frame, key)
-        if worth and key in frame.graphs:
+        if key in frame.graphs:
             forward, self._graph = frame.graphs[key]
             forward.replay()
-            self._hidden = frame.slope
+            self._slope = frame.slope
             assert frame.hidden is not None
             return frame.hidden
         self._hidden = self._body(stream, training=True)
@@ -219,13 +232,24 @@ class GpuRunner:
 
     def backward(self, stream: Stream, gradient: torch.Tensor) -> None:
         """Adds the adapters' gradients to the slots, from the gradient [T, d] of the last forward's hidden states."""
-        hidden, self._hidden = self._hidden, None
-        assert hidden is not None
         if self._graph is not None:
-            hidden.copy_(gradient)
+            assert self._slope is not None
+            self._slope.copy_(gradient)
             self._graph.replay()
         else:
+            hidden, self._hidden = self._hidden, None
+            assert hidden is not None
             hidden.backward(gradient)
+        self._flying.append(torch.cuda.Event())
+        self._flying[-1].record()
+        # One stream is laid out and launched while the device works on another, and no more: at the end of the paid
+        # time the device must not be streams behind.
+        while len(self._flying) > 1:
+            self._flying.popleft().synchronize()
+
+    def ready(self) -> None:
+        """From here on layers are compiled and streams captured: an error of the model would be hard to read in them."""
+        self.compile = self.graphs = True
 
     def recover(self) -> None:
         """Forgets a forward that came to nothing, and gives its memory back."""
@@ -242,6 +266,7 @@ class GpuRunner:
                 use_cache=False,
                 cu_seq_lens_q=stream.lengths,
                 max_length_q=stream.longest,
+                blocks=stream.blocks,
             ).last_hidden_state[0]
         return hidden
 
@@ -264,13 +289,9 @@ class GpuRunner:
     def _capture(self, frame: Frame, key: tuple[bool, int]) -> None:
         """Captures forward and backward of a frame. The gradient is zero meanwhile, so no slot's changes."""
         stream = frame.stream
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                hidden = self._body(stream, training=True)
-                hidden.backward(torch.zeros_like(hidden))
-        torch.cuda.current_stream().wait_stream(side)
+        # What eager steps left in the allocator would be kept beside the graph's own memory.
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(forward, pool=self._pool):
             hidden = self._body(stream, training=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-LOGITS = {"cpu": 2**25, "cuda": 2**27}  # computed at once: 128 and 512 MiB in fp32
-CHUNK_STEP = 512  # on a GPU chunks are padded to a multiple: few shapes, few compiled kernels
+LOGITS = {"cpu": 2**25, "cuda": 2**28}  # computed at once: 128 MiB in fp32, 512 MiB in bf16
+SMALLEST = 512  # tokens of a chunk, however large the vocabulary
 
 
 @dataclass
@@ -61,6 +61,11 @@ def _spans(owners: torch.Tensor, rows: int) -> Iterator[slice]:
         start += count
 
 
+def chunk_of(vocabulary: int, device: str) -> int:
+    """Tokens that meet the head at once: a power of two. On a GPU every chunk is full, so one shape is compiled."""
+    return max(SMALLEST, 1 << ((LOGITS[device] // vocabulary).bit_length() - 1))
+
+
 @functools.cache
 def _on_gpu() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     return torch.compile(_fused, dynamic=False)
@@ -76,7 +81,7 @@ def score(
     """
     sums = torch.zeros(slots, dtype=torch.float64, device=hidden.device)
     gradient = torch.zeros_like(hidden) if differentiate else None
-    rows = max(CHUNK_STEP, LOGITS[hidden.device.type] // head.shape[0] // CHUNK_STEP * CHUNK_STEP)
+    rows = chunk_of(head.shape[0], hidden.device.type)
     if hidden.is_cuda:
         count = targets.predict.shape[0]
         spans: Iterator[slice] = (slice(at, min(at + rows, count)) for at in range(0, count, rows))

@@ -18,8 +18,8 @@ _HISTORY = 50
 class Health:
     """Watches one trial's losses (nats a completion token) and gradient norms, step by step.
 
-    The start is the mean loss of the first three steps: a new adapter is the base model, and warm-up keeps it near. Of a
-    trial that was resumed the start is not known, and only figures that are not finite end it.
+    The start is the mean loss of the first three steps: a new adapter is the base model, and warm-up keeps it near. Of
+    a trial that was resumed the start is not known, and only figures that are not finite end it.
     """
 
     steps: int

@@ -207,6 +207,9 @@ def _forward_cuda(packed: PackedGroup, x: torch.Tensor, rank: int) -> tuple[list
     for member, linear in enumerate(group.linears):
         # The adapters' part first: the big product then adds to it while it computes, where a pass of its own over
         # y would be bound by memory.
+        if packed.plain and kernels.short([group.inputs]):
+            ys.append(kernels.mixed([x], [linear.weight], True, s, stream, group, member, linear.bias))
+            continue
         y = kernels.up(s, stream, group, member, linear.bias if packed.plain else None)
         ys.append(y.addmm_(x, linear.weight.T) if packed.plain else y)
     return ys, s
@@ -223,6 +226,9 @@ def _backward_cuda(packed: PackedGroup, grads: list[torch.Tensor], x: torch.Tens
         kernels.down(grad, stream, group, member, slopes)
         kernels.outer(s, grad, stream, group, member)
     kernels.outer(slopes, kernels.dropped(x, stream, group) if stream.dropout else x, stream, group, None)
+    if packed.plain and not stream.dropout and kernels.short(group.outputs):
+        weights = [linear.weight for linear in group.linears]
+        return kernels.mixed(grads, weights, False, slopes, stream, group, None, None)
     dx = kernels.up(slopes, stream, group, None, None)
     if stream.dropout:
         dx = kernels.dropped(dx, stream, group)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from trainers.lora.attention import packed as packed_attention
 from trainers.lora.bank import Slot, padded
 from trainers.lora.head import Targets
 from trainers.lora.linear import PackedGroup
-from trainers.lora.stream import Part, Stream, lay, on_cpu
+from trainers.lora.stream import Part, Span, Stream, lay, on_cpu
 from trainers.models import Base
 from trainers.splits import Split
 
@@ -33,33 +35,36 @@ class Runner(Protocol):
     def backward(self, stream: Stream, gradient: torch.Tensor) -> None:
         """Adds the adapters' gradients to the slots, from the gradient [T, d] of the last forward's hidden states."""
 
+    def ready(self) -> None:
+        """Tells that the model was found to be right: from here on speed counts."""
+
     def recover(self) -> None:
         """Forgets a forward that came to nothing, and gives its memory back."""
 
 
 class CpuRunner:
-    """Eager, slot by slot where bits could depend on a neighbour; streams are as long as their tokens."""
+    """Eager, one slot's tokens after the other's; streams are as long as their tokens.
+
+    Together they would save nothing here, and torch rounds the last elements of a tensor, those short of a whole
+    vector, in another way than the others: what a model computes between its linear layers would differ by a bit with
+    how many tokens the neighbours have.
+    """
 
     shared = False
 
-    def __init__(self, base: Base, groups: list[PackedGroup]) -> None:
+    def __init__(self, base: Base, groups: list[PackedGroup], slots: int) -> None:
         self._base = base
         self._groups = groups
-        self._spare = 0
-        self._hidden: torch.Tensor | None = None
-        self._slots: dict[int, Slot] = {}
+        self._slots = slots
+        self._forwards: list[tuple[Stream, torch.Tensor]] = []
 
     def seat(self, index: int, slot: Slot | None) -> None:
-        """Puts a trial's buffers in a slot, or frees it."""
-        if slot is None:
-            self._slots.pop(index, None)
-        else:
-            self._slots[index] = slot
+        """Nothing: a stream's spans name their slots."""
 
     def load(self, split: Split, parts: Sequence[Part]) -> tuple[Stream, Targets]:
         """Lays the parts out."""
-        spare = max([0, *self._slots]) + 1
-        laid = lay(split, parts, spare)
+        double = self._base.model.dtype == torch.float64
+        laid = lay(split, parts, self._slots, np.float64 if double else np.float32)
         rank = max([padded(1), *(padded(part.slot.rank) for part in parts if part.slot is not None)])
         scored = laid.scored
         targets = Targets(
@@ -69,26 +74,58 @@ class CpuRunner:
 
     def forward(self, stream: Stream, training: bool = True) -> torch.Tensor:
         """Hidden states [T, d] of the stream, detached."""
-        for group in self._groups:
-            group.stream = stream
-        embedded = self._base.model.get_input_embeddings()(stream.ids)
-        with packed_attention(self._base.model):
-            hidden = self._base.decoder(
-                inputs_embeds=embedded.requires_grad_(training),
-                position_ids=stream.positions,
-                use_cache=False,
-                cu_seq_lens_q=stream.lengths,
-                examples=stream.examples,
-            ).last_hidden_state[0]
-        self._hidden = hidden if training else None
-        return hidden.detach()
+        self._forwards = []
+        found = []
+        for part in slot_by_slot(stream):
+            self._run_through(part)
+            embedded = self._base.model.get_input_embeddings()(part.ids)
+            with packed_attention(self._base.model):
+                hidden = self._base.decoder(
+                    inputs_embeds=embedded.requires_grad_(training),
+                    position_ids=part.positions,
+                    use_cache=False,
+                    cu_seq_lens_q=part.lengths,
+                    examples=part.examples,
+                ).last_hidden_state[0]
+            found.append(hidden.detach())
+            if training:
+                self._forwards.append((part, hidden))
+        return torch.cat(found)
 
     def backward(self, stream: Stream, gradient: torch.Tensor) -> None:
         """Adds the adapters' gradients to the slots."""
-        hidden, self._hidden = self._hidden, None
-        assert hidden is not None
-        hidden.backward(gradient)
+        forwards, self._forwards = self._forwards, []
+        for (part, hidden), slope in zip(forwards, gradient.split([p.tokens for p, _ in forwards]), strict=True):
+            self._run_through(part)
+            hidden.backward(slope)
+
+    def ready(self) -> None:
+        """Nothing: it is as fast as it gets."""
 
     def recover(self) -> None:
         """Forgets a forward that came to nothing."""
-        self._hidden = None
+        self._forwards = []
+
+    def _run_through(self, stream: Stream) -> None:
+        for group in self._groups:
+            group.stream = stream
+
+
+def slot_by_slot(stream: Stream) -> Iterator[Stream]:
+    """Streams of one slot's tokens each, in their order."""
+    first = 0
+    for span, count in zip(stream.spans, stream.examples, strict=True):
+        lengths = stream.lengths[first : first + count + 1]
+        rows = slice(span.start, span.end)
+        keys = span.keys if stream.dropout else None
+        yield replace(
+            stream,
+            tokens=span.end - span.start,
+            ids=stream.ids[:, rows],
+            positions=stream.positions[:, rows],
+            lengths=lengths - lengths[0],
+            longest=int(lengths.diff().max()),
+            spans=[Span(span.slot, 0, span.end - span.start, keys)],
+            examples=[count],
+        )
+        first += count

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from trainers.lora.bank import KINDS, Slot, padded
 from trainers.splits import Split
 
-TILE = 64  # tokens of a tile (kernels.BLOCK_T)
+TILE, WIDE = 64, 128  # tokens of a tile, for the two kinds of kernels
+BLOCK = 64  # tokens of a block of attention
 
 
 @dataclass
@@ -53,16 +54,16 @@ class Scored:
     predict: NDArray[np.int64]
     targets: NDArray[np.int64]
     owners: NDArray[np.int64]
-    weights: NDArray[np.float32]
+    weights: NDArray[np.floating]
 
 
 @dataclass
 class Stream:
     """One micro-step's tokens. `tokens` are real ones; `examples` counts, slot after slot, for attention on the CPU.
 
-    On a GPU: `tiles` int32 [n, 3] (start, end, slot), `bounds` int32 [slots + 1, 2], `table` int64 [slots + 1, 6]
-    (addresses of the copy by kind, of the gradient by kind, padded rank by kind), `scales` and `drops` fp32
-    [slots + 1]; the last row is of the tail and of the base model.
+    On a GPU: `tiles` and `wide` int32 [n, 3] (start, end, slot), `blocks` of attention_kernels.py, `bounds` int32
+    [slots + 1, 2], `table` int64 [slots + 1, 6] (addresses of the copy by kind, of the gradient by kind, padded rank by
+    kind), `scales` and `drops` fp32 [slots + 1]; the last row is of the tail and of the base model.
     """
 
     rank: int
@@ -75,6 +76,8 @@ class Stream:
     examples: list[int] = field(default_factory=list)
     dropout: bool = False
     tiles: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    wide: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    blocks: torch.Tensor | None = None
     bounds: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     table: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     scales: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -95,8 +98,11 @@ class Laid:
     scored: Scored
 
 
-def lay(split: Split, parts: Sequence[Part], spare: int) -> Laid:
-    """Lays the parts' examples end to end. `spare` is the slot index that the base model's loss is booked on."""
+def lay(split: Split, parts: Sequence[Part], spare: int, weights_in: type[np.floating] = np.float32) -> Laid:
+    """Lays the parts' examples end to end. `spare` is the slot index that the base model's loss is booked on.
+
+    `weights_in` is the precision of the loss weights: float64 over a float64 model alone.
+    """
     from trainers.lora.dropout import keys
 
     ids, positions, lengths, hashed = [], [], [0], []
@@ -114,7 +120,7 @@ def lay(split: Split, parts: Sequence[Part], spare: int) -> Laid:
             predict.append(at + trained - 1)
             targets.append(example.ids[trained])
             owners.append(np.full(len(trained), spare if part.slot is None else part.index))
-            weights.append(np.full(len(trained), part.weight, dtype=np.float32))
+            weights.append(np.full(len(trained), part.weight, dtype=weights_in))
             if dropout:
                 hashed.append(keys(part.seed, place, within))
             at += count
@@ -160,9 +166,21 @@ def slot_row(slot: Slot) -> list[int]:
     return row + [0 if at is None else rank for at in starts]
 
 
-def tiles_of(bounds: Sequence[tuple[int, int, int]], count: int) -> NDArray[np.int32]:
-    """Cuts (start, end, slot) spans into `count` tiles of at most TILE tokens; what is over is empty."""
-    pieces = [(t, min(t + TILE, end), slot) for start, end, slot in bounds for t in range(start, end, TILE)]
+def tiles_of(bounds: Sequence[tuple[int, int, int]], count: int, size: int = TILE) -> NDArray[np.int32]:
+    """Cuts (start, end, slot) spans into `count` tiles of at most `size` tokens; what is over is empty."""
+    pieces = [(t, min(t + size, end), slot) for start, end, slot in bounds for t in range(start, end, size)]
     tiles = np.zeros((count, 3), dtype=np.int32)
     tiles[: len(pieces)] = pieces
     return tiles
+
+
+def blocks_of(lengths: NDArray[np.int32], count: int) -> NDArray[np.int32]:
+    """Cuts examples, by their cumulative lengths, into `count` blocks of attention; what is over is empty."""
+    pieces = [
+        (start, end, at)
+        for start, end in zip(lengths[:-1].tolist(), lengths[1:].tolist(), strict=True)
+        for at in range(start, end, BLOCK)
+    ]
+    blocks = np.zeros((count, 3), dtype=np.int32)
+    blocks[: len(pieces)] = pieces
+    return blocks

@@ -1,0 +1,161 @@
+"""How wide a pack should be, found by a short measurement of this model on this GPU.
+
+Longer streams train more tokens a second until the chip is busy, and cost memory. The probe runs streams of doubling
+length, as training runs them, until another doubling gains little or would not fit; it takes the shortest length that
+reaches SATURATION of the best speed. Slots follow: enough that the batches of all but one fill a stream, as far as the
+memory holds them. The result is kept by model, GPU and versions, so the next worker does not measure again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainers.lora.bank import Layout
+from trainers.lora.engine import LoraEngine
+from trainers.lora.models import find_groups
+from trainers.messages import TrialConfig
+from trainers.models import Base
+from trainers.splits import Split
+from trainers.training import is_out_of_memory
+
+SATURATION = 0.9  # of the best speed, and of the memory that is free
+SHORTEST, LONGEST = 2048, 65536  # tokens of a stream
+MOST_SLOTS = 32
+SMALL_BATCH = 4  # examples of an optimizer step that slots are counted for
+BYTES = 18  # an adapter's parameter: fp32 weight, gradient, two moments, and the bf16 copy
+_GAIN = 1.05  # what a doubling must gain for the next to be tried
+_SETTLED, _STREAMS = 4, 7  # streams until everything is compiled and captured, and in all
+_SLOW_S = 1.5  # a longer stream would keep an evaluation or the end of the paid time waiting
+
+
+@dataclass(frozen=True)
+class Width:
+    """`slots` trials at once, `tokens` a stream; `seconds` the probe took (0 if its result was kept from before)."""
+
+    slots: int
+    tokens: int
+    seconds: float
+
+
+def slots_for(tokens: int, mean: float, free_bytes: float, slot_bytes: float) -> int:
+    """Slots whose small batches fill a stream of so many tokens with one to spare, within the memory; at least 1."""
+    wanted = int(tokens / (mean * SMALL_BATCH)) + 2
+    return int(max(1, min(wanted, MOST_SLOTS, free_bytes // slot_bytes)))
+
+
+def shortest_of(speeds: dict[int, float]) -> int:
+    """The shortest length, in tokens, whose tokens a second reach SATURATION of the best."""
+    best = max(speeds.values())
+    return min(tokens for tokens, speed in speeds.items() if speed >= SATURATION * best)
+
+
+def choose(base: Base, train: Split, validation: Split, max_rank: int) -> Width:
+    """Measures, or reads what was measured before; leaves nothing on the GPU. Raises RuntimeError: no room."""
+    started = time.monotonic()
+    mean = float(train.lengths.mean())
+    slot_bytes = float(BYTES * Layout(find_groups(base)).elements("all-linear", max_rank))
+    key = _key(base, int(train.lengths.max()))
+    kept = _read().get(key)
+    if kept is None:
+        kept = {"speeds": {}, "peaks": {}}
+        for tokens, speed, peak in _measure(base, train, validation):
+            kept["speeds"][str(tokens)], kept["peaks"][str(tokens)] = speed, peak
+        if not kept["speeds"]:
+            raise RuntimeError(f"{base.name}: not even a stream of {SHORTEST} tokens fits on this GPU")
+        _write(key, kept)
+    tokens = shortest_of({int(t): speed for t, speed in kept["speeds"].items()})
+    free, _ = torch.cuda.mem_get_info(base.device)
+    left = SATURATION * free - kept["peaks"][str(tokens)]
+    return Width(slots_for(tokens, mean, left, slot_bytes), tokens, time.monotonic() - started)
+
+
+def _measure(base: Base, train: Split, validation: Split) -> list[tuple[int, float, int]]:
+    """(tokens, tokens a second, bytes above the base) of streams of doubling length."""
+    found: list[tuple[int, float, int]] = []
+    tokens = SHORTEST
+    while tokens <= LONGEST:
+        free, _ = torch.cuda.mem_get_info(base.device)
+        if found and 2 * found[-1][2] > SATURATION * free:
+            break
+        try:
+            speed, peak = _stream(base, train, validation, tokens)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            torch.cuda.empty_cache()
+            break
+        found.append((tokens, speed, peak))
+        torch.cuda.empty_cache()
+        slow = tokens / speed > _SLOW_S
+        if slow or (len(found) > 1 and speed < _GAIN * found[-2][1]):
+            break
+        tokens *= 2
+    return found
+
+
+def _stream(base: Base, train: Split, validation: Split, tokens: int) -> tuple[float, int]:
+    """Tokens a second of captured streams of this length, and the most bytes they took above what was there."""
+    torch.cuda.reset_peak_memory_stats(base.device)
+    before = torch.cuda.memory_allocated(base.device)
+    engine = LoraEngine(base, train, validation, 1, tokens, slots=1)
+    config = TrialConfig(
+        number=0,
+        method="lora",
+        learning_rate=0.0,
+        batch_size=train.rows,
+        examples=train.rows * max(2, -(-_STREAMS * 2 * tokens // int(train.lengths.sum()))),
+        seed=0,
+        rank=16,
+        alpha=16.0,
+        targets="all-linear",
+    )
+    engine.admit(config, None, None)
+    marks: list[tuple[float, int]] = []
+
+    def pause() -> bool:
+        if len(marks) >= _SETTLED:
+            torch.cuda.synchronize(base.device)
+        marks.append((time.monotonic(), engine.trained_tokens))
+        return len(marks) >= _STREAMS
+
+    engine.advance(pause)
+    engine.drop(0)
+    (start, first), (end, last) = marks[_SETTLED], marks[-1]
+    return (last - first) / (end - start), torch.cuda.max_memory_allocated(base.device) - before
+
+
+def _key(base: Base, longest: int) -> str:
+    names = (base.name, torch.cuda.get_device_name(base.device), base.model.num_parameters(), longest)
+    versions = (f"{name} {version(name)}" for name in ("torch", "transformers", "triton"))
+    return " | ".join([*map(str, names), *versions])
+
+
+def _path() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sweep" / "probe.json"
+
+
+def _read() -> dict[str, Any]:
+    try:
+        found = json.loads(_path().read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(key: str, kept: dict[str, Any]) -> None:
+    """Keeps a result; where nothing can be written, the next worker measures again."""
+    path = _path()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}-{os.getpid()}")
+        temporary.write_text(json.dumps({**_read(), key: kept}, indent=1), encoding="utf-8")
+        temporary.replace(path)
