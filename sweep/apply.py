@@ -27,6 +27,8 @@ from trainers.messages import (
 def apply(connection: Connection, study: Study, worker: WorkerRow, event: Event, offset: int) -> None:
     """Applies one event of a worker and moves its read offset past it."""
     records.set_worker(connection, worker.id, at_ms=event.at_ms, usage=event.usage, offset=offset)
+    if isinstance(event, Evaluated | Ended) and event.occupancy is not None:
+        records.set_worker(connection, worker.id, occupancy=event.occupancy)
     match event:
         case Ready():
             _ready(connection, study, worker, event)
@@ -97,6 +99,7 @@ def _evaluated(connection: Connection, study: Study, trial: TrialRow, event: Eva
                 checkpoint_ms=event.checkpoint_ms,
                 attempt=event.attempt,
                 ordinal=records.next_evaluation(connection, study.name),
+                width=event.width,
             )
         )
     records.set_trial(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from budgets.ledger import Ledger
 from budgets.money import usd
-from sweep import endgame, pricing, records, rungs, space, tables, telling, triage
+from sweep import endgame, pricing, records, rungs, seats, space, tables, telling, triage
 from sweep.apply import apply
 from sweep.errors import BudgetError, DiskError, Interrupted, StoreError, WorkerError
 from sweep.instruct import Instructor
@@ -77,6 +77,7 @@ class Sweep:
         self._disk_message = ""
         self._first_step = True
         self._living: list[WorkerRow] = []
+        self._slots = self._live = 1
         self._read: tuple[list[TrialRow], Results] = [], Results([])
         self._read_at = -1  # the store's writes when these were read
         self._gap_ms = 0  # the longest recent silence between two reports
@@ -318,7 +319,7 @@ class Sweep:
             return
         while True:
             trials, results = self._trials()
-            if sum(t.state in records.RUNNING for t in trials) >= self.study.spec.search.live:
+            if sum(t.state in records.RUNNING for t in trials) >= self._live:
                 break
             if not (
                 self._wake(trials, results)
@@ -346,9 +347,11 @@ class Sweep:
             self._launch()
         elif worker is not None and worker.state == "ready":
             for trial in waiting:
-                if records.slot_free(worker, trial, trials):
-                    self._admit(worker, trial)
-                    trials, _ = self._trials()
+                if not seats.free(worker, trial, trials):
+                    break  # nobody overtakes: one of another method would wait for ever that all slots are empty
+                with self.store.write() as connection:
+                    seats.take(connection, self.name, worker, trial)
+                trials, _ = self._trials()
         self._instruct()
 
     def _launch(self) -> None:
@@ -368,15 +371,20 @@ class Sweep:
         return trial is not None and self._promote(trial, trials, results, "promoted")
 
     def _finish(self, trials: list[TrialRow], results: Results) -> bool:
-        """When no new trial can be paid, the rest of the money finishes the paused ones that may still win."""
+        """When no new trial can be paid, the rest of the money finishes the paused ones that may still win.
+
+        The best go first, as many as share the machine.
+        """
         if any(t.state in records.RUNNING for t in trials):
             return False
-        eta = self.study.spec.search.eta
-        paused = [t for t in trials if t.state == "paused" and rungs.worth_finishing(t, trials, results)]
-        for trial in sorted(paused, key=lambda t: (rungs.promise(t, results, eta), t.number)):
-            if self._promote(trial, trials, results, "promoted: the best that is left"):
-                return True
-        return False
+        promoted: list[TrialRow] = []
+        for trial in rungs.last_chances(trials, results, self.study.spec.search.eta):
+            together = all(t.config.method == trial.config.method == "lora" for t in promoted)
+            if together and self._promote(trial, self._trials()[0], results, "promoted: the best that is left"):
+                promoted.append(trial)
+            if len(promoted) == self._slots:
+                break
+        return bool(promoted)
 
     def _promote(self, trial: TrialRow, trials: list[TrialRow], results: Results, reason: str) -> bool:
         woken = replace(trial, state="waiting", target=max(trial.target, trial.rung + 1))
@@ -429,15 +437,6 @@ class Sweep:
             self._end(records.newcomer(config), "pruned", reason)
         return True
 
-    def _admit(self, worker: WorkerRow, trial: TrialRow) -> None:
-        with self.store.write() as connection:
-            mine = (tables.attempt.c.study == self.name) & (tables.attempt.c.trial == trial.number)
-            count = len(connection.execute(tables.attempt.select().where(mine)).all())
-            attempt = f"{self.name}:t{trial.number}:a{count + 1}:w{worker.ordinal}"
-            values = {"study": self.name, "trial": trial.number, "worker": worker.id, "tokens": trial.tokens}
-            connection.execute(tables.attempt.insert().values(id=attempt, from_tokens=trial.tokens, **values))
-            records.set_trial(connection, self.name, trial.number, state="live", slot=worker.id, attempt=attempt)
-
     # Instruct
 
     def _instruct(self) -> None:
@@ -489,8 +488,11 @@ class Sweep:
         if self._read_at == self.store.writes:
             return
         with self.store.read() as connection:
-            self._living = records.workers(connection, self.name, living=True)
+            workers = records.workers(connection, self.name)
             trials = records.trials(connection, self.name)
             rows = records.evaluations(connection, self.name)
+        self._living = [worker for worker in workers if worker.state != "ended"]
+        self._slots, self._live = seats.slots(self.study, workers), seats.live(self.study, workers)
+        self.projector.width = seats.width(self._slots, trials)
         self._read = trials, Results((row.trial, row.rung, row.loss) for row in rows)
         self._read_at = self.store.writes

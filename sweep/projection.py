@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from budgets.forecast import Forecast, Piece, Seconds, Work, flops_per_token
-from sweep import records
+from sweep import records, seats
 from sweep.pricing import SECONDS_A_TOKEN
 from sweep.records import Study, TrialRow
 from trainers.messages import TrialConfig
@@ -22,6 +22,7 @@ OTHER_GPU_FLOPS = 3e13
 CORE_FLOPS = 5e10
 DISK_BYTES_PER_SECOND = 4e8
 COMPILE_SECONDS = 60.0
+PROBE_SECONDS = 90.0  # of a GPU's first worker: how wide a pack should be (trainers/lora/probe.py keeps the answer)
 USUAL_BATCH, USUAL_ROW = 8, 512  # examples a step and tokens an example; only what differs from them has a factor
 START_SECONDS = {False: 10.0, True: 2.0}  # interpreter, imports, the check of the loss; a replay has none of them
 FREE = 1e-6  # seconds of what costs nothing where tokens are paid for
@@ -65,15 +66,19 @@ class Projector:
         cores: int,
         unit: str = "hour",
         per_rank: Mapping[str, int] | None = None,
+        probes: bool = False,
     ) -> None:
         """`unit` Mtok: the meter runs on tokens (sweep/pricing.py), so what a token takes is known.
 
         `per_rank`: by targets, how many parameters an adapter has for each unit of rank, where the launch saw them.
+        `probes`: a worker may have to find its slots before it is ready.
         """
         self.plan = plan
         self.parameters = parameters
         self.forecast = Forecast()
+        self.width = 1.0  # how many LoRA trials share the machine as things stand
         self._per_rank = per_rank or {}
+        self._probe_seconds = PROBE_SECONDS if probes else 0.0
         self._run_tokens = plan.run_tokens
         known = (speed for name, speed in PRIOR_FLOPS.items() if name in device.upper())
         self._metered_by_token = unit == "Mtok"
@@ -82,7 +87,7 @@ class Projector:
 
     def observe_evaluation(self, config: TrialConfig, row: Any) -> None:
         """Learns from a stretch of training that ended in an evaluation (an Evaluated event, or its row)."""
-        self.forecast.observe(self._train(config), row.train_tokens, row.train_ms / 1000)
+        self.forecast.observe(self._train(config, row.width), row.train_tokens, row.train_ms / 1000)
         self.forecast.observe(self._evaluate(), row.evaluate_tokens, row.evaluate_ms / 1000)
         self.forecast.observe(self._piece("checkpoint", config.method), 1, row.checkpoint_ms / 1000)
         if row.full_loss is not None:  # at its end; all trials of a study train on the same examples
@@ -101,10 +106,13 @@ class Projector:
         return self.forecast.total(self._start())
 
     def tail(self, methods: tuple[str, ...], slots: int) -> Seconds:
-        """A last evaluation and the checkpoints of all slots."""
-        saved = max((self.forecast.seconds(self._piece("checkpoint", m)) for m in methods), key=lambda s: s.high)
-        pieces = Seconds(saved.mean * slots, saved.low * slots, saved.high * slots)
-        return pieces + self.forecast.seconds(self._evaluate(), self.plan.validation_tokens)
+        """A last evaluation and the checkpoints of all slots, of which a full-parameter trial has one."""
+        each = [self._saved(method, slots if method == "lora" else 1) for method in methods]
+        return max(each, key=lambda seconds: seconds.high) + self.evaluation(self.plan.validation_tokens)
+
+    def _saved(self, method: str, count: int) -> Seconds:
+        one = self.checkpoint(method)
+        return Seconds(one.mean * count, one.low * count, one.high * count)
 
     def evaluation(self, tokens: int) -> Seconds:
         """An evaluation of so many tokens."""
@@ -114,16 +122,19 @@ class Projector:
         """One trial's checkpoint."""
         return self.forecast.seconds(self._piece("checkpoint", method))
 
-    def train(self, config: TrialConfig, tokens: int) -> Seconds:
-        """A stretch of training."""
-        return self.forecast.seconds(self._train(config), tokens)
+    def train(self, config: TrialConfig, tokens: int, width: float = 1.0) -> Seconds:
+        """A stretch of training, as it is charged in a pack of `width` trials."""
+        return self.forecast.seconds(self._train(config, width), tokens)
 
     def to_target(self, trial: TrialRow) -> Seconds:
-        """From where the trial stands to its next decision: training, evaluation, checkpoint, its slot."""
+        """From where the trial stands to its next decision: training at the present width, evaluation, checkpoint."""
         return self.forecast.total(self._next(trial))
 
     def to_end(self, trial: TrialRow) -> Seconds:
-        """From where the trial stands through all rungs to its end."""
+        """From where the trial stands through all rungs to its end, from its next decision on alone.
+
+        What a pack saves is not counted on for the end: the last one to train has nobody to share the machine with.
+        """
         return self.forecast.total(self._whole(trial))
 
     def ahead(self, running: Sequence[TrialRow], leader: TrialRow | None, launch: bool) -> Seconds:
@@ -135,7 +146,7 @@ class Projector:
         for trial in running:
             pieces += self._next(trial)
         if leader is not None and any(trial.number == leader.number for trial in running):
-            pieces += self._way(leader.config, self._until(leader.target), leader.target + 1, self.plan.last)
+            pieces += self._beyond(leader.config, leader.target)
         elif leader is not None:
             pieces += self._whole(leader)
         return self.forecast.total(pieces)
@@ -152,17 +163,23 @@ class Projector:
         return self.plan.until(target) or self._run_tokens
 
     def _next(self, trial: TrialRow) -> list[Piece]:
-        return self._seat(trial) + self._way(trial.config, trial.tokens, trial.target, trial.target)
+        return self._seat(trial) + self._to_rung(trial, trial.target)
 
     def _whole(self, trial: TrialRow) -> list[Piece]:
         first = max(trial.target, trial.rung + 1)
-        return self._seat(trial) + self._way(trial.config, trial.tokens, first, self.plan.last)
+        return self._seat(trial) + self._to_rung(trial, first) + self._beyond(trial.config, first)
 
-    def _way(self, config: TrialConfig, tokens: int, first: int, last: int) -> list[Piece]:
+    def _to_rung(self, trial: TrialRow, target: int) -> list[Piece]:
+        return self._way(trial.config, trial.tokens, target, target, self.width)
+
+    def _beyond(self, config: TrialConfig, rung: int) -> list[Piece]:
+        return self._way(config, self._until(rung), rung + 1, self.plan.last, 1.0)
+
+    def _way(self, config: TrialConfig, tokens: int, first: int, last: int, width: float) -> list[Piece]:
         """Training from `tokens` on through the rungs from `first` to `last`, and what is done at each of them."""
         if first > last:
             return []
-        pieces: list[Piece] = [(self._train(config), self._until(last) - tokens)]
+        pieces: list[Piece] = [(self._train(config, width), self._until(last) - tokens)]
         for target in range(first, last + 1):
             seen = self.plan.validation_tokens if target >= self.plan.last else self.plan.rung_tokens
             pieces += [(self._evaluate(), seen), (self._piece("checkpoint", config.method), 1)]
@@ -176,7 +193,8 @@ class Projector:
         kinds = ["load", "compile"] if self.forecast.measured("compile") else ["load"]
         return [(self._piece(kind, "lora"), 1) for kind in kinds]
 
-    def _train(self, config: TrialConfig) -> Work:
+    def _train(self, config: TrialConfig, width: float) -> Work:
+        width = width if config.method == "lora" else 1.0
         features = {
             "full": float(config.method == "full"),
             "log_batch": math.log(config.batch_size / USUAL_BATCH),
@@ -184,6 +202,8 @@ class Projector:
             "attention": float(config.targets == "attention"),
             "mlp": float(config.targets == "mlp"),
             "rank": (config.rank or 0) / 64,
+            "beside": 1 - 1 / width,
+            "log_width": math.log(width),
         }
         adapter = (config.rank or 0) * self._per_rank.get(config.targets or "", 0)
         prior = flops_per_token(self.parameters, config.method, adapter) / self._flops
@@ -197,7 +217,7 @@ class Projector:
     def _piece(self, kind: str, method: str) -> Work:
         full = method == "full"
         state = 14.0 * self.parameters / DISK_BYTES_PER_SECOND if full else 0.1
-        start = START_SECONDS[self._replayed] + 4.0 * self.parameters / DISK_BYTES_PER_SECOND
+        start = START_SECONDS[self._replayed] + 4.0 * self.parameters / DISK_BYTES_PER_SECOND + self._probe_seconds
         prior = {"load": start, "compile": COMPILE_SECONDS}.get(kind, 0.1 + state)
         prior = FREE if self._metered_by_token else prior
         return Work(kind, prior, {"full": float(full)})
@@ -207,16 +227,19 @@ def untaught(study: Study) -> Projector:
     """The forecasts of a study before anything was measured."""
     facts = study.facts
     per_rank = facts.get("trained_parameters_per_rank")
-    return Projector(plan(facts), facts["parameters"], facts["device"], facts["cores"], study.unit, per_rank)
+    known = plan(facts), facts["parameters"], facts["device"], facts["cores"]
+    return Projector(*known, study.unit, per_rank, seats.probes(study))
 
 
 def projector_of(study: Study, connection: Connection) -> Projector:
     """Builds the forecasts of a study from everything that was measured."""
     projector = untaught(study)
-    configs = {t.number: t.config for t in records.trials(connection, study.name)}
+    trials, workers = records.trials(connection, study.name), records.workers(connection, study.name)
+    projector.width = seats.width(seats.slots(study, workers), trials)
+    configs = {trial.number: trial.config for trial in trials}
     for row in records.evaluations(connection, study.name):
         projector.observe_evaluation(configs[row.trial], row)
-    for worker in records.workers(connection, study.name):
+    for worker in workers:
         if worker.load_ms is not None:
             projector.observe_load(worker.load_ms)
         if worker.state == "ended":  # one that lives may compile more

@@ -105,6 +105,7 @@ class WorkerRow:
     load_ms: int | None
     exit_code: int | None
     why: str
+    occupancy: float | None
 
 
 def study(connection: Connection, name: str) -> Study:
@@ -198,14 +199,6 @@ def newcomer(config: TrialConfig) -> TrialRow:
         attempt=None,
         told=False,
     )
-
-
-def slot_free(worker: WorkerRow, trial: TrialRow, trials: Sequence[TrialRow]) -> bool:
-    """Whether a trial can be seated: a worker trains one method at a time, so many at once as it has slots."""
-    # One that was told to leave has left by the time the worker reads the next command.
-    seated = [t for t in trials if t.slot == worker.id and t.state in {"live", "judging"}]
-    same = all(t.config.method == trial.config.method for t in seated)
-    return same and len(seated) < worker.slots.get(trial.config.method, 0)
 
 
 def next_turn(trials: Sequence[TrialRow]) -> int:

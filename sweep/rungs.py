@@ -9,7 +9,7 @@ halving at 5, 10, 20 and 40 % with half kept found the very best run of both tas
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -109,3 +109,9 @@ def worth_finishing(trial: TrialRow, trials: Iterable[TrialRow], results: Result
         return best is None
     there = results.losses[trial.rung]
     return best.number not in there or there[trial.number] < there[best.number]
+
+
+def last_chances(trials: Sequence[TrialRow], results: Results, eta: int) -> list[TrialRow]:
+    """The paused trials that may still beat the best completed one, the most promising first."""
+    paused = [t for t in trials if t.state == "paused" and worth_finishing(t, trials, results)]
+    return sorted(paused, key=lambda t: (promise(t, results, eta), t.number))

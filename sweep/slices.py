@@ -10,6 +10,7 @@ the provider bills whole minutes or hours, paid_ms is the end of one; a worker t
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, select
@@ -76,13 +77,14 @@ def open_slice(
     wanted = tariff.billed_ms(lengths.load + lengths.slice + lengths.tail)
     paid = min(wanted, tariff.affordable_ms(0, left))
     least = lengths.expected_load + MIN_SLICE_MS + lengths.tail
-    if paid < least:
-        needed = tariff.hold(0, least)
+    amount = max(tariff.hold(0, paid), 1)  # time that is all billed already needs a hold too, and one is never empty
+    if paid < least or amount > left:
+        needed = max(tariff.hold(0, least), 1)
         raise BudgetError(
             f"a worker's start, {MIN_SLICE_MS // 1000} s of training and its end cost {usd(needed)}; {usd(left)} left",
             f"raise the cap: sweep resume {study.name} --cap ...",
         )
-    ledger.hold(hold_id(worker, 1), tariff.hold(0, paid), fence=study.fence, purpose=f"{worker} slice 1")
+    ledger.hold(hold_id(worker, 1), amount, fence=study.fence, purpose=f"{worker} slice 1")
     return paid - lengths.tail, paid, paid < wanted
 
 
@@ -100,16 +102,25 @@ def settle(connection: Connection, study: Study, worker: WorkerRow, to_ms: int, 
     records.set_worker(connection, worker.id, settled_ms=to_ms, settled_usage=worker.usage)
 
 
-def settle_end(connection: Connection, study: Study, worker: WorkerRow, ended_ms: int, rest: str, note: str) -> int:
+def _explained(worker: WorkerRow, usage: Mapping[str, int], until_ms: int, rest: Sequence[str]) -> dict[str, int]:
+    """A worker's usage, with the time up to `until_ms` that no report explains given to `rest`, in equal parts."""
+    explained = dict(usage)
+    missing = until_ms - worker.settled_ms - (sum(explained.values()) - sum(worker.settled_usage.values()))
+    for place, centre in enumerate(rest):
+        explained[centre] = explained.get(centre, 0) + (max(missing, 0) + place) // len(rest)
+    return explained
+
+
+def settle_end(
+    connection: Connection, study: Study, worker: WorkerRow, ended_ms: int, rest: Sequence[str], note: str
+) -> int:
     """Charges a worker that ended, to the end of the provider's quantum; returns that moment.
 
-    What lies between the worker's last report and its end goes to the centre `rest`, the rounding is idle time.
+    What lies between the worker's last report and its end goes to the centres `rest`, the rounding is idle time.
     """
     billed_ms = worker.tariff.billed_ms(ended_ms)
-    explained = dict(worker.usage)
-    for centre, until_ms in ((rest, ended_ms), (IDLE, billed_ms)):
-        missing = until_ms - worker.settled_ms - (sum(explained.values()) - sum(worker.settled_usage.values()))
-        explained[centre] = explained.get(centre, 0) + max(missing, 0)
+    explained = _explained(worker, worker.usage, ended_ms, rest)
+    explained = _explained(worker, explained, billed_ms, [IDLE])
     split = charges(worker.tariff, worker.settled_ms, billed_ms, worker.settled_usage, explained, IDLE)
     used = {"usage_ms": billed_ms - worker.settled_ms, "micros_per_hour": worker.tariff.now}
     Ledger(connection, study.name).settle(worker.hold, split, fence=study.fence, note=note, **used)
@@ -117,15 +128,16 @@ def settle_end(connection: Connection, study: Study, worker: WorkerRow, ended_ms
     return billed_ms
 
 
-def expire(connection: Connection, study: Study, worker: WorkerRow, rest: str, note: str) -> None:
+def expire(connection: Connection, study: Study, worker: WorkerRow, rest: Sequence[str], note: str) -> None:
     """Charges the whole slice of a worker of which nothing is known, at the highest price it can have had."""
     tariff = worker.tariff
     if tariff.ceiling > tariff.now:
         tariff = tariff.changed(worker.settled_ms, tariff.ceiling, tariff.ceiling)
-    weights = charges(tariff, worker.settled_ms, worker.paid_ms, worker.settled_usage, worker.usage, rest)
+    explained = _explained(worker, worker.usage, worker.paid_ms, rest)
+    weights = charges(tariff, worker.settled_ms, worker.paid_ms, worker.settled_usage, explained, IDLE)
     ledger = Ledger(connection, study.name)
     if sum(weights.values()) == ledger.open_holds()[worker.hold]:
-        ledger.expire(worker.hold, weights or {account_of(rest): 1}, fence=study.fence, note=note)
+        ledger.expire(worker.hold, weights or {account_of(rest[0]): 1}, fence=study.fence, note=note)
     else:  # a price that changed left the hold larger or smaller than what the time costs
         ledger.settle(worker.hold, weights, fence=study.fence, note=note)
     records.set_worker(connection, worker.id, settled_ms=worker.paid_ms, tariff=tariff)

@@ -20,6 +20,7 @@ from sweep.errors import SpecError
 
 Method = Literal["lora", "full"]
 Targets = Literal["attention", "mlp", "all-linear"]
+MAX_SLOTS = 64
 
 
 def _exact(micros: int) -> str:
@@ -37,11 +38,20 @@ def _rate(value: Any) -> Rate:
     return rate
 
 
+def _slots(value: Any) -> Any:
+    # A union would complain about each of its members; and YAML's `on` is true, which Python takes for 1.
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value != "auto" and not (whole and 1 <= value <= MAX_SLOTS):
+        raise ValueError(f"is `auto`, or how many LoRA trials train at once on one worker, 1 to {MAX_SLOTS}")
+    return value
+
+
 Usd = Annotated[int, BeforeValidator(parse_usd), Field(gt=0), PlainSerializer(_exact)]
 MachinePrice = Annotated[Rate, BeforeValidator(_rate), PlainSerializer(str)]
 T = typing.TypeVar("T")
 Choices = Annotated[tuple[T, ...], BeforeValidator(_listed), Field(min_length=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Slots = Annotated[int | Literal["auto"], BeforeValidator(_slots)]
 
 
 class _Section(BaseModel):
@@ -73,6 +83,7 @@ class MachineSpec(_Section):
     stop_command: str | None = None
     device: str = "auto"
     threads: int | None = Field(default=None, ge=1)  # CPU threads of the worker
+    slots: Slots = "auto"  # LoRA trials that train at once on one worker; auto: 1 on a CPU, what a probe finds on a GPU
     timings: str | None = None  # a file of seconds a token that replaces the clock: rehearsals and tests
 
     @model_validator(mode="after")
@@ -131,7 +142,7 @@ class SearchSpec(_Section):
     batch_size: Choices[Annotated[int, Field(ge=1)]] = (4, 8, 16)
     epochs: float = Field(default=1.0, gt=0)  # the longest run; a part of an epoch is fine
     trials: int | None = Field(default=None, ge=1)  # at most this many; None: what the cap pays for
-    live: int = Field(default=4, ge=1)  # trials that take turns
+    live: int = Field(default=4, ge=1)  # trials that take turns; never fewer than the worker has slots
     rungs: tuple[Share, ...] = (0.05, 0.1, 0.2, 0.4)  # shares of the longest run at which trials are compared
     eta: int = Field(default=2, ge=2)  # one in eta goes on from a rung
     warmup: float = Field(default=0.05, ge=0, lt=1)

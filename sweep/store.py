@@ -72,6 +72,11 @@ def _m002_tariffs_and_guards(connection: Connection) -> None:
     ledger_tables.guard(connection)
 
 
+def _m003_packs(connection: Connection) -> None:
+    """Trials that train at once: how many in each measured stretch, and the occupancy of each worker."""
+    _add_missing_columns(connection)
+
+
 def _add_missing_columns(connection: Connection) -> None:
     inspected = inspect(connection)
     for table in [*ledger_tables.metadata.sorted_tables, *tables.metadata.sorted_tables]:
@@ -83,7 +88,7 @@ def _add_missing_columns(connection: Connection) -> None:
 
 
 # A new database runs them all; each one leaves alone what is there already.
-MIGRATIONS: list[Callable[[Connection], None]] = [_m001_first_tables, _m002_tariffs_and_guards]
+MIGRATIONS: list[Callable[[Connection], None]] = [_m001_first_tables, _m002_tariffs_and_guards, _m003_packs]
 
 
 class Store:

@@ -13,7 +13,7 @@ from budgets.ledger import Balances, Ledger, trial_account
 from budgets.money import MICROS
 from budgets.schema import transfer
 from budgets.statement import statement as draw_up
-from sweep import records, rungs, space, triage
+from sweep import records, rungs, space, tables, triage
 from sweep.errors import NotFoundError
 from sweep.projection import Projector, projector_of
 from sweep.records import Study, TrialRow, WorkerRow
@@ -105,11 +105,13 @@ def statement(connection: Connection, name: str) -> dict[str, Any]:
     """Where the money went. Raises NotFoundError."""
     study = records.study(connection, name)
     drawn = draw_up(Ledger(connection, name).balances())
-    described = {t.number: (space.describe(t.config), t.state) for t in records.trials(connection, name)}
+    rows, workers = records.trials(connection, name), records.workers(connection, name)
+    described = {t.number: (space.describe(t.config), t.state) for t in rows}
     return {
         "study": name,
         "unit": study.unit,
-        "machine": _machine(records.workers(connection, name)),
+        "machine": _machine(workers),
+        "occupancy": _occupancy(connection, name, rows, workers),
         "trials": [
             {"number": n, "in_words": described[n][0], "state": described[n][1], **money(m)}
             for n, m in drawn.trials.items()
@@ -133,6 +135,24 @@ def _machine(workers: Sequence[WorkerRow]) -> dict[str, Any]:
             spans[price] = spans.get(price, 0) + ms
     cost = sum(worker.tariff.cost(worker.settled_ms) for worker in workers)
     return {"spans": [{"micros_per_hour": p, "ms": ms} for p, ms in sorted(spans.items())], "cost": money(cost)}
+
+
+def _occupancy(
+    connection: Connection, name: str, trials: Sequence[TrialRow], workers: Sequence[WorkerRow]
+) -> float | None:
+    """Real tokens of live trials over tokens computed, in training, over all workers; None before any was reported.
+
+    Only packed LoRA trials share what is computed: of a full-parameter trial every token is real.
+    """
+    packed = {trial.number for trial in trials if trial.config.method == "lora"}
+    shares = {worker.id: worker.occupancy for worker in workers if worker.occupancy}
+    real = computed = 0.0
+    for row in connection.execute(select(tables.attempt).where(tables.attempt.c.study == name)):
+        share = shares.get(row.worker) if row.trial in packed else 1.0
+        if share is not None:
+            real += row.tokens - row.from_tokens
+            computed += (row.tokens - row.from_tokens) / share
+    return real / computed if computed else None
 
 
 def beancount(connection: Connection, name: str) -> str:

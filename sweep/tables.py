@@ -111,6 +111,7 @@ evaluation = Table(
     Column("checkpoint_ms", Micros, nullable=False),
     Column("attempt", Text, nullable=False),
     Column("ordinal", Integer, nullable=False, server_default="0"),  # the order in which they arrived, from 1
+    Column("width", Real, nullable=False, server_default="1"),  # trials that trained at once: the stretch's mean
     PrimaryKeyConstraint("study", "trial", "rung"),
     ForeignKeyConstraint(["study", "trial"], ["sweep_trial.study", "sweep_trial.number"]),
     sqlite_strict=True,
@@ -143,6 +144,7 @@ worker = Table(
     Column("load_ms", Micros),
     Column("exit_code", Integer),
     Column("why", Text, nullable=False, server_default=""),
+    Column("occupancy", Real),  # real tokens over tokens computed, in training LoRA trials
     ForeignKeyConstraint(["study"], ["sweep_study.name"]),
     sqlite_strict=True,
 )

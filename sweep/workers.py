@@ -17,7 +17,7 @@ from budgets.ledger import IDLE, Ledger
 from budgets.money import usd
 from budgets.schema import hold
 from budgets.tariff import Tariff
-from sweep import records, slices, space, tables
+from sweep import records, seats, slices, space, tables
 from sweep.apply import apply, end_attempt, rewind
 from sweep.audit import remember
 from sweep.errors import InvariantError, WorkerError
@@ -49,15 +49,16 @@ class Workers:
         search = self.study.spec.search
         with self.store.read() as connection:
             cap = Ledger(connection, self.study.name).balances().cap
-        checkpoint = max(self.projector.checkpoint(m).mean for m in search.method)
+            slots = seats.slots(self.study, records.workers(connection, self.study.name))
+        saved = {m: self.projector.checkpoint(m).mean * (slots if m == "lora" else 1) for m in search.method}
         load = self.projector.load()
         measured = self.projector.forecast.measured("load") > 0
-        own = slices.slice_ms(cap, self.study.tariff.ceiling, checkpoint, self._longest_step())
+        own = slices.slice_ms(cap, self.study.tariff.ceiling, max(saved.values()), self._longest_step(slots))
         return Lengths(
             load=round(1000 * (1.5 * load.mean if measured else 3 * load.mean)),
             expected_load=round(1000 * load.mean),
             slice=max(own, min(3 * gap_ms, slices.MAX_SLICE_MS)),
-            tail=slices.tail_ms(self.projector.tail(search.method, slots=1).high),
+            tail=slices.tail_ms(self.projector.tail(search.method, slots).high),
         )
 
     def now_ms(self, worker: WorkerRow) -> int:
@@ -242,12 +243,19 @@ class Workers:
                 apply(connection, self.study, worker, event, offset)
         return self._row(worker.id)
 
-    def _longest_step(self) -> float:
-        """Seconds of the longest stretch without a look at the clock: a step of the largest batch, or an evaluation."""
+    def _longest_step(self, slots: int) -> float:
+        """Seconds of the longest stretch without a look at the clock: a step of the largest batch, or an evaluation.
+
+        In a pack every trial takes its step before anybody looks.
+        """
         search, plan = self.study.spec.search, self.projector.plan
         tokens = max(search.batch_size) * plan.run_tokens // plan.examples
         configs = [space.typical(m, search, plan.examples, self.study.spec.seed) for m in search.method]
-        steps = [self.projector.train(config, tokens).mean for config in configs]
+        steps = [
+            self.projector.train(config, tokens * at_once, at_once).mean
+            for config in configs
+            for at_once in [slots if config.method == "lora" else 1]
+        ]
         return max(*steps, self.projector.evaluation(plan.rung_tokens).mean)
 
     def _row(self, identifier: str) -> WorkerRow:
@@ -274,14 +282,16 @@ class Workers:
             timings=self.study.timings,
             heartbeat_ms=HEARTBEAT_MS,
             stop_command=spec.machine.stop_command,
+            slots=None if spec.machine.slots == "auto" else spec.machine.slots,
+            max_rank=max(spec.search.rank),
         )
 
-    def _rest(self, connection: Connection, worker: WorkerRow) -> str:
+    def _rest(self, connection: Connection, worker: WorkerRow) -> list[str]:
         """Whose the time is between a worker's last report and its end."""
         if worker.state != "ready":
-            return "load"
+            return ["load"]
         alive = [t for t in records.trials(connection, self.study.name) if t.slot == worker.id and t.state == "live"]
-        return f"trial:{alive[0].number}" if alive else "teardown"
+        return [f"trial:{trial.number}" for trial in alive] or ["teardown"]
 
     def _refund_on_evidence(self) -> None:
         """Looks once more for a record of workers whose last slice was charged in full; what it disproves returns."""

@@ -59,7 +59,8 @@ class Engine(Protocol):
     def advance(self, pause: Callable[[], bool]) -> list[int]:
         """Trains all admitted trials short of their targets until one arrives, or `pause()` is true after a step.
 
-        Returns the trials that stand at their targets. Raises TrialFailed.
+        Returns the trials that stand at their targets. Raises TrialFailed for one trial at a time; where several
+        failed, the next calls raise for the others.
         """
 
     def position(self, trial: int) -> Position:
@@ -67,6 +68,9 @@ class Engine(Protocol):
 
     def train_loss(self, trial: int) -> float:
         """Mean training loss over the steps since the last call; nan if there were none."""
+
+    def occupancy(self) -> float:
+        """Real tokens of training over tokens computed, since the start; 1 where nothing is padded, nan before."""
 
     def evaluate(self, trial: int | None, rows: int | None) -> Evaluation:
         """Loss on the first `rows` validation rows (None: all) with the trial's weights; None is the base model.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from trainers.messages import TrialConfig
 
 @dataclass
 class LiveTrial:
-    """A trial in a slot. `train_*` and `loss_*` cover the stretch since it was admitted or evaluated."""
+    """A trial in a slot. `train_*`, `*ed_ns` and `loss_*` cover the time since it was admitted or evaluated."""
 
     config: TrialConfig
     attempt: str
@@ -24,7 +25,9 @@ class LiveTrial:
     saved_step: int = -1
     saved_mark_ns: int = 0  # the worker's trained time at that checkpoint
     train_tokens: int = 0
-    train_ns: int = 0
+    train_ns: int = 0  # what it was charged of the time that it trained
+    passed_ns: int = 0  # that time, whoever was charged it
+    shared_ns: int = 0  # that time, times the trials that trained in it
     loss_sum: float = 0.0
     loss_steps: int = 0
     shown_step: int = 0  # of the last Progress
@@ -42,6 +45,29 @@ class LiveTrial:
     def arrived(self) -> bool:
         """Says whether it stands at its target or its end."""
         return self.at.done or (self.until_tokens is not None and self.at.tokens >= self.until_tokens)
+
+    @property
+    def width(self) -> float:
+        """How many trials trained at once, this one among them: the mean over the time that it trained."""
+        return self.shared_ns / self.passed_ns if self.passed_ns else 1.0
+
+    def add_loss(self, mean: float) -> None:
+        """Takes in the mean training loss of the steps since the last call; nan if there were none."""
+        steps = self.at.step - self.shown_step
+        self.shown_step = self.at.step
+        if steps and not math.isnan(mean):
+            self.loss_sum += mean * steps
+            self.loss_steps += steps
+
+    @property
+    def train_loss(self) -> float:
+        """The mean training loss; nan if nothing was trained."""
+        return self.loss_sum / self.loss_steps if self.loss_steps else math.nan
+
+    def begin_again(self) -> None:
+        """Sets the measured figures to zero, after they were reported."""
+        self.train_tokens = self.train_ns = self.passed_ns = self.shared_ns = self.loss_steps = 0
+        self.loss_sum = 0.0
 
     def place(self) -> dict[str, Any]:
         """Returns the fields that every TrialEvent has."""

@@ -79,6 +79,8 @@ class WorkerJob:
     threads: int | None = None  # CPU threads; None leaves torch's choice
     timings: str | None = None  # a file of seconds a token: the meter runs on it instead of the clock (tests, replays)
     stop_command: str | None = None
+    slots: int | None = None  # LoRA trials that train at once; None: 1 on the CPU, what a probe finds on a GPU
+    max_rank: int = 64  # of the search space: what a slot must have memory for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +234,7 @@ class Admitted(TrialEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress(TrialEvent):
-    """A sign of progress, at most about one a second: mean training loss since the last one."""
+    """A sign of progress, about one a second, less often in a pack of many: mean training loss since the last one."""
 
     type: ClassVar[str] = "progress"
     train_loss: float
@@ -252,7 +254,8 @@ class Evaluated(TrialEvent):
     """The trial reached its target, was evaluated and checkpointed, and stands still until it is told what next.
 
     `loss` is over the rung rows; `full_loss` over all validation rows, only where the run is complete (`final`).
-    The measured figures cover the stretch since the last `admitted` or `evaluated` of this attempt.
+    The measured figures cover the stretch since the last `admitted` or `evaluated` of this attempt, `occupancy` the
+    worker's life so far.
     """
 
     type: ClassVar[str] = "evaluated"
@@ -267,6 +270,8 @@ class Evaluated(TrialEvent):
     evaluate_ms: int
     checkpoint_ms: int
     peak_bytes: int | None = None
+    width: float = 1.0  # trials that trained at once, this one among them: the mean over the time that it trained
+    occupancy: float | None = None  # real tokens over tokens computed, in training LoRA trials; None before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,6 +305,7 @@ class Ended(Event):
     type: ClassVar[str] = "ended"
     reason: Literal["stop", "paid_time", "disk", "error"]
     message: str = ""
+    occupancy: float | None = None  # as in Evaluated
 
 
 @dataclass(frozen=True, kw_only=True)

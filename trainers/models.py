@@ -27,6 +27,7 @@ from transformers import (
 from trainers.checkpoints import write_folder
 from trainers.engine import Engine
 from trainers.messages import Targets, WorkerJob
+from trainers.splits import Split
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
@@ -275,6 +276,18 @@ def convert_gguf(path: Path, out_folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
+def _pack(job: WorkerJob, base: Base, train: Split, validation: Split) -> tuple[int, int | None]:
+    """How many LoRA trials train at once, and how many tokens go through the model at once (None: as usual)."""
+    if job.slots is not None:
+        return job.slots, None
+    if base.device.type != "cuda":
+        return 1, None  # packing saves nothing on a CPU, which one trial keeps busy
+    from trainers.lora import probe
+
+    width = probe.choose(base, train, validation, job.max_rank)
+    return width.slots, width.tokens
+
+
 def load_engines(job: WorkerJob) -> LoadedEngines:
     """Loads base model and prepared data once and puts an engine of each method over them.
 
@@ -291,8 +304,9 @@ def load_engines(job: WorkerJob) -> LoadedEngines:
     train, validation = (load_split(Path(job.data), name) for name in ("train", "validation"))
     base = load_base(job.model, job.device)
     verify_loss(base, [train[0], train[min(1, train.rows - 1)]])
+    slots, stream_tokens = _pack(job, base, train, validation)
     engines: dict[str, Engine] = {
-        "lora": LoraEngine(base, train, validation, job.rung_rows),
+        "lora": LoraEngine(base, train, validation, job.rung_rows, stream_tokens, slots),
         "full": FullEngine(base, train, validation, job.rung_rows),
     }
     device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else "cpu"

@@ -174,6 +174,10 @@ class ReplayEngine:
         losses, self._trials[trial].losses = self._trials[trial].losses, []
         return sum(losses) / len(losses) if losses else math.nan
 
+    def occupancy(self) -> float:
+        """See Engine. Nothing is computed, so nothing is padded."""
+        return 1.0
+
     def evaluate(self, trial: int | None, rows: int | None) -> Evaluation:
         """See Engine. The rung rows and the others have the same loss."""
         loss = self._script.base_loss if trial is None else self._loss(self._trials[trial])
@@ -240,9 +244,13 @@ class ReplayEngines:
 
 
 def load_engines(job: WorkerJob) -> ReplayEngines:
-    """Makes the engines of a job whose model is `replay:PATH.json`. Raises OSError, ValueError, TypeError."""
+    """Makes the engines of a job whose model is `replay:PATH.json`. Raises OSError, ValueError, TypeError.
+
+    The job's slots, where it names them, win over the script's.
+    """
     script = read_script(Path(job.model.removeprefix(PREFIX)))
-    engines: dict[str, Engine] = {method: ReplayEngine(script, slots) for method, slots in script.slots.items()}
+    slots = script.slots | ({"lora": job.slots} if job.slots is not None and "lora" in script.slots else {})
+    engines: dict[str, Engine] = {method: ReplayEngine(script, count) for method, count in slots.items()}
     return ReplayEngines(engines, "cpu", script.parameters, script.linear_shapes)
 
 

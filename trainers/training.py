@@ -182,6 +182,10 @@ class SlotEngine(ABC):
         losses.clear()
         return mean
 
+    def occupancy(self) -> float:
+        """Real tokens over tokens computed: examples lie end to end, nothing is padded."""
+        return 1.0
+
     def advance(self, pause: Callable[[], bool]) -> list[int]:
         """Trains until the trial arrives at its target or `pause()` is true after a step.
 

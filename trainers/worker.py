@@ -51,11 +51,13 @@ from trainers.messages import (
     parse_command,
 )
 from trainers.meter import Meter, open_meter
+from trainers.stretch import Stretch
 
 EXIT_DISK = 8
 _DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 _KEEP_CHECKPOINTS = 2
-_PROGRESS_NS = 1_000_000_000
+_PROGRESS_NS = 1_000_000_000  # between two reports of progress: of up to four trials, longer of more
+_LONGEST_PROGRESS = 5  # times as long at most; each trial's report is an event that somebody must read
 _NS_PER_MS = 1_000_000
 _LOOK_S = 0.1  # a signal does not wake a select, and suspend stops it, so waits are cut to this
 _FIRST_GUESS_MS = 500  # of a checkpoint or an evaluation, before one was measured
@@ -85,9 +87,8 @@ class Worker:
         self._stop = False
         self._terminated = False
         self._trained_ns = 0  # metered time in which anything trained
-        self._stretch_ns: int | None = None  # the meter at the start of the present stretch of training
+        self._stretch: Stretch | None = None  # the present one
         self._progress_mark_ns = 0
-        self._moved: dict[str, int] = {}  # tokens trained in the present stretch, by cost centre
         self._save_ms_max = _FIRST_GUESS_MS
         self._evaluate_ms: dict[bool, int] = {}  # the longest by `final`
         self._step_ns = 0
@@ -289,78 +290,58 @@ class Worker:
 
     def _train(self) -> None:
         """Trains until something is to be done, and reports it."""
-        engine = self._engine()
-        training = [trial for trial in self._trials.values() if not trial.standing]
-        self._moved = {trial.centre: 0 for trial in training}
-        spent_ns = {trial.number: self._meter.spent_ns(trial.centre) for trial in training}
+        training = [trial for trial in self._trials.values() if not (trial.standing or trial.arrived())]
+        self._stretch = stretch = Stretch(self._meter, training)
+        self._step_mark_ns = stretch.started_ns
         failure: TrialFailed | None = None
-        started_ns = self._stretch_ns = self._step_mark_ns = self._meter.now_ns()
-        with self._meter.shared(self._moved):
+        with self._meter.shared(stretch.moved):
             try:
-                engine.advance(self._must_pause)
+                self._engine().advance(self._must_pause)
             except TrialFailed as error:
                 failure = error
-                # It is out of the engine, which can't say how far it came; a mean share keeps the others' bill fair.
-                others = [tokens for centre, tokens in self._moved.items() if centre != f"trial:{error.trial}"]
-                self._moved[f"trial:{error.trial}"] += max(1, sum(others) // max(1, len(others)))
-            self._account(failure.trial if failure else None)
-        self._trained_ns += self._meter.now_ns() - started_ns
-        self._stretch_ns = None
-        for trial in training:
-            trial.train_ns += self._meter.spent_ns(trial.centre) - spent_ns[trial.number]
-        if failure is not None:
+            stretch.account(self._engine(), failure.trial if failure else None)
+        self._trained_ns += stretch.close()
+        self._stretch = None
+        # Of several that fail in one step the engine names one at a time; by its turn a trial may have left, judged.
+        if failure is not None and failure.trial in self._trials:
             self._fail(self._trials[failure.trial], failure.code, str(failure))
         self._report_progress()
         for trial in [trial for trial in training if trial.number in self._trials and self._checkpoint_due(trial)]:
             self._save_between(trial)
 
-    def _account(self, gone: int | None = None) -> None:
-        """Books the tokens trained since the last call, and moves a meter that runs on a file by them."""
-        for trial in self._trials.values():
-            if trial.standing or trial.number == gone:
-                continue
-            at = self._engine().position(trial.number)
-            moved = at.tokens - trial.at.tokens
-            trial.at = at
-            if moved:
-                trial.train_tokens += moved
-                self._moved[trial.centre] += moved
-                with self._meter.on(trial.centre):
-                    self._meter.work("train", trial.config.method, moved)
-
     def _must_pause(self) -> bool:
-        self._account()
+        if self._stretch is not None:
+            self._stretch.account(self._engine())
         now_ns = self._meter.now_ns()
         self._step_ns = max(int(self._step_ns * _STEP_DECAY), now_ns - self._step_mark_ns)
         self._step_mark_ns = now_ns
         trained_ns = self._trained_so_far_ns()
         return (
             self._terminated
-            or trained_ns - self._progress_mark_ns >= _PROGRESS_NS
+            or trained_ns - self._progress_mark_ns >= self._progress_ns()
             or self._out_of_time()
             or any(self._checkpoint_due(trial) for trial in self._trials.values())
             or self._inbox.waiting()
         )
 
+    def _progress_ns(self) -> int:
+        return _PROGRESS_NS * min(max(len(self._trials), 4), 4 * _LONGEST_PROGRESS) // 4
+
     def _trained_so_far_ns(self) -> int:
-        return self._trained_ns + (0 if self._stretch_ns is None else self._meter.now_ns() - self._stretch_ns)
+        return self._trained_ns + (0 if self._stretch is None else self._meter.now_ns() - self._stretch.started_ns)
 
     def _checkpoint_due(self, trial: LiveTrial) -> bool:
         unsaved_ns = self._trained_so_far_ns() - trial.saved_mark_ns
         return not trial.standing and not trial.arrived() and unsaved_ns >= self._checkpoint_ms * _NS_PER_MS
 
     def _take_loss(self, trial: LiveTrial) -> float:
-        """Returns the mean training loss since the last call, and adds it to the stretch's."""
+        """Returns the mean training loss since the last call, and adds it to the trial's."""
         loss = self._engine().train_loss(trial.number)
-        steps = trial.at.step - trial.shown_step
-        trial.shown_step = trial.at.step
-        if steps and not math.isnan(loss):
-            trial.loss_sum += loss * steps
-            trial.loss_steps += steps
+        trial.add_loss(loss)
         return loss
 
     def _report_progress(self) -> None:
-        if self._trained_ns - self._progress_mark_ns < _PROGRESS_NS:
+        if self._trained_ns - self._progress_mark_ns < self._progress_ns():
             return
         self._progress_mark_ns = self._trained_ns
         for trial in self._trials.values():
@@ -396,16 +377,17 @@ class Worker:
             full_loss=result.nll / result.completion_tokens if final else None,
             final=final,
             checkpoint=trial.saved,
-            train_loss=trial.loss_sum / trial.loss_steps if trial.loss_steps else math.nan,
+            train_loss=trial.train_loss,
             train_tokens=trial.train_tokens,
             train_ms=trial.train_ns // _NS_PER_MS,
             evaluate_tokens=result.input_tokens,
             evaluate_ms=evaluate_ms,
             checkpoint_ms=checkpoint_ms,
             peak_bytes=_take_peak_bytes(),
+            width=trial.width,
+            occupancy=self._occupancy(),
         )
-        trial.train_tokens = trial.train_ns = trial.loss_steps = 0
-        trial.loss_sum = 0.0
+        trial.begin_again()
         self._remove_older(trial.folder, _KEEP_CHECKPOINTS)
 
     # --- leaving ----------------------------------------------------------------------------------------------------
@@ -452,8 +434,14 @@ class Worker:
     def _end(self, reason: Literal["stop", "paid_time"]) -> int:
         for trial in list(self._trials.values()):
             self._save_between(trial)
-        self._emit(Ended, reason=reason)
+        self._emit(Ended, reason=reason, occupancy=self._occupancy())
         return 0
+
+    def _occupancy(self) -> float | None:
+        """The packed engine's; None where it has trained nothing, or is not there."""
+        lora = self._loaded.engines.get("lora")
+        share = math.nan if lora is None else lora.occupancy()
+        return None if math.isnan(share) else share
 
     def _since_ms(self, started_ns: int) -> int:
         return (self._meter.now_ns() - started_ns) // _NS_PER_MS

@@ -205,6 +205,8 @@ def show_statement(console: Console, statement: dict[str, Any], *, everything: b
     console.print(fit(columns, console.width, glyphs(console)))
     for words in _machine(statement["machine"], statement["unit"], spent + overrun):
         say(console, words)
+    if statement["occupancy"] is not None:
+        say(console, f"occupancy: {percent(statement['occupancy'])} of the tokens computed in training were real ones")
 
 
 def statement_csv(statement: dict[str, Any]) -> str:

@@ -28,12 +28,12 @@ DUMP = Path(__file__).with_name("studies-v1.sql.gz")
 STUDY = "words"
 
 TABLES = ("sweep_study", "sweep_worker", "sweep_evaluation", "sweep_hold", "sweep_transfer", "sweep_price")
-# What version 2 added, undone.
+# What versions 2 and 3 added, undone.
 BACK_TO_1 = """
 DROP TABLE sweep_price;
 ALTER TABLE sweep_study DROP COLUMN tariff, DROP COLUMN unit, DROP COLUMN phase;
-ALTER TABLE sweep_worker DROP COLUMN tariff;
-ALTER TABLE sweep_evaluation DROP COLUMN ordinal;
+ALTER TABLE sweep_worker DROP COLUMN tariff, DROP COLUMN occupancy;
+ALTER TABLE sweep_evaluation DROP COLUMN ordinal, DROP COLUMN width;
 ALTER TABLE sweep_hold DROP COLUMN resolution;
 ALTER TABLE sweep_transfer DROP COLUMN request_hash;
 DROP TRIGGER sweep_hold_closed ON sweep_hold;
@@ -125,7 +125,11 @@ def test_the_first_release_on_sqlite(first_release: Path) -> None:
     raw.close()
     store = Store(f"sqlite:///{first_release}")
     with store.read() as connection:
-        assert list(connection.execute(text("SELECT version FROM sweep_schema ORDER BY version")).scalars()) == [1, 2]
+        assert list(connection.execute(text("SELECT version FROM sweep_schema ORDER BY version")).scalars()) == [
+            1,
+            2,
+            3,
+        ]
         assert sweep.audit.violations(connection, STUDY) == []
         after = Ledger(connection, STUDY).balances()
         assert after.accounts == balances and statement(after).spent == after.spent > 0
@@ -136,6 +140,8 @@ def test_the_first_release_on_sqlite(first_release: Path) -> None:
         )
         assert len(connection.execute(transfer.select()).all()) == rows[0]
         assert len(records.trials(connection, STUDY)) == rows[1] > 10
+        assert {worker.occupancy for worker in workers} == {None}
+        assert {row.width for row in records.evaluations(connection, STUDY)} == {1.0}
         ordinals = [row.ordinal for row in records.evaluations(connection, STUDY)]
         assert ordinals == list(range(1, len(ordinals) + 1)) != []
         closed = connection.execute(hold.select()).mappings().all()
@@ -145,7 +151,7 @@ def test_the_first_release_on_sqlite(first_release: Path) -> None:
     store.dispose()
     again = Store(f"sqlite:///{first_release}")
     with again.read() as connection:
-        assert [row.version for row in connection.execute(tables.schema.select())] == [1, 2]
+        assert [row.version for row in connection.execute(tables.schema.select())] == [1, 2, 3]
     again.dispose()
 
 

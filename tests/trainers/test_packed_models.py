@@ -114,9 +114,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "soft-capped scores": (
         "Gemma2Config",
         {"head_dim": 8, "final_logit_softcapping": None, "attn_logit_softcapping": 5.0},
-        "cannot be packed: this attention is causal and knows neither soft-capped",
+        "cannot be packed: its attention is not plain causal attention",
     ),
-    "layers that keep keywords from attention": ("StableLmConfig", {}, "cannot be packed"),
+    "layers that keep keywords from attention": ("StableLmConfig", {}, "cannot be packed: its layers do not tell"),
     "an attention of its own": ("FalconConfig", {"new_decoder_architecture": False}, "packed"),
     "a head with a bias": ("PhiConfig", {"num_key_value_heads": 4}, "its head is not a linear layer without bias"),
 }

@@ -141,11 +141,11 @@ def test_a_trial_tells_most_about_itself() -> None:
 
 def test_sums_say_what_all_measurements_would() -> None:
     """Proves the algebra: one sum a trial gives what conditioning the joint normal on every measurement gives."""
-    measured = study(random.Random(3), 0.1, 0.1, lambda i: 0.0, 8)
+    measured = packed_study(random.Random(3), 3.0, 8)
     forecast = Forecast()
     for training, seconds in measured:
         forecast.observe(training, 20_000, seconds)
-    asked = [measured[0][0], measured[-1][0], Work("train", 1e-4, {"full": 1.0}, "new")]
+    asked = [measured[0][0], measured[-1][0], beside(0, 5), Work("train", 1e-4, {"full": 1.0}, "new")]
     everything = [training for training, _ in measured] + asked
     rows = np.array([training.row for training in everything])
     same = np.array([[a.owner == b.owner for b in everything] for a in everything])
@@ -156,7 +156,7 @@ def test_sums_say_what_all_measurements_would() -> None:
     ratios = np.array([math.log(s / 20_000 / 1e-4) for _, s in measured])
     means, covariance, _ = forecast._models["train"].joint(asked)
     np.testing.assert_allclose(means, gain @ ratios, rtol=1e-6)
-    np.testing.assert_allclose(covariance, prior[n:, n:] - gain @ prior[:n, n:], rtol=1e-6)
+    np.testing.assert_allclose(covariance, prior[n:, n:] - gain @ prior[:n, n:], rtol=1e-6, atol=1e-9)
 
 
 def test_what_is_common_adds_up_and_what_is_not_cancels_out() -> None:
@@ -176,6 +176,72 @@ def test_what_is_common_adds_up_and_what_is_not_cancels_out() -> None:
     mean = sum(forecast.seconds(*piece).mean for piece in strangers)
     assert math.isclose(forecast.total(strangers).mean, mean, rel_tol=1e-9)
     assert forecast.total([]) == forecast.seconds(work(), 0) == NOTHING
+
+
+# --- packs ----------------------------------------------------------------------------------------------------------
+
+
+def beside(number: int, width: float, batch: float = 0.0) -> Work:
+    """A stretch of a trial's training, `width` trials at once."""
+    features = {"log_batch": batch, "beside": 1 - 1 / width, "log_width": math.log(width)}
+    return Work("train", 1e-4, features, owner=str(number))
+
+
+def packed_study(rng: random.Random, fixed: float, trials: int) -> list[tuple[Work, float]]:
+    """What a sweep measures whose trials train one to eight at a time.
+
+    `fixed` is what a step costs beside a token's own, over what its tokens cost, where a trial trains alone.
+    """
+    speed = rng.gauss(0, 1)
+    batches, own = [rng.choice([-0.7, 0.0]) for _ in range(trials)], [rng.gauss(0, 0.1) for _ in range(trials)]
+    found = []
+    for turn in range(4 * trials):
+        number, width = turn % trials, rng.choice([rng.randint(1, 8), 8, rng.uniform(1, 8)])
+        log = speed + 0.3 * batches[number] + own[number] + math.log(1 + fixed / width) + rng.gauss(0, 0.08)
+        found.append((beside(number, width, batches[number]), 2.0 * math.exp(log)))
+    return found
+
+
+@pytest.mark.parametrize("fixed", [0.0, 0.5, 3.0, 30.0])
+def test_intervals_cover_packs_of_any_width(fixed: float) -> None:
+    """Proves calibration where a trial's stretches were trained beside one to eight others, whatever they share."""
+    rng = random.Random(5)
+    inside = total = 0
+    for _ in range(30):
+        forecast, held = Forecast(), []
+        measured = packed_study(rng, fixed, 12)
+        for part in (measured[:12], measured[12:]):
+            for training, seconds in part:
+                forecast.observe(training, 20_000, seconds)
+            held.append(forecast.calibration("train"))
+        inside, total = inside + held[1].inside - held[0].inside, total + held[1].count - held[0].count
+    assert 0.7 < inside / total < 0.9
+
+
+@pytest.mark.parametrize("fixed", [0.0, 0.5, 3.0, 30.0])
+def test_a_token_costs_what_the_width_makes_it(fixed: float) -> None:
+    """Proves that what a pack saves is learned: every width from 1 to 8 is forecast within the interval, and close."""
+    rng, forecast = random.Random(6), Forecast()
+    for turn in range(120):
+        number, width = turn % 30, turn % 8 + 1
+        seconds = 2.0 * (1 + fixed / width) * math.exp(rng.gauss(0, 0.05))
+        forecast.observe(beside(number, width), 20_000, seconds)
+    for width in range(1, 9):
+        said, truth = forecast.seconds(beside(99, width), 20_000), 2.0 * (1 + fixed / width)
+        assert said.low < truth < said.high
+        assert math.isclose(said.mean, truth, rel_tol=0.06)
+
+
+def test_a_trial_that_is_slow_in_a_pack_is_slow_alone() -> None:
+    """Proves that what is a trial's own is told apart from what its neighbours do."""
+    forecast = Forecast()
+    for turn in range(40):
+        width = turn % 4 + 1
+        forecast.observe(beside(turn % 10, width), 20_000, 2.0 * (1 + 3 / width))
+    for _ in range(3):
+        forecast.observe(beside(50, 4), 20_000, 1.3 * 2.0 * (1 + 3 / 4))
+    slow, new = (forecast.seconds(beside(number, 1), 20_000).mean for number in (50, 51))
+    assert 1.15 < slow / new < 1.35
 
 
 def test_training_costs_four_or_six_flops_a_parameter() -> None:

@@ -39,7 +39,7 @@ def trial(number: int, **values: Any) -> TrialRow:
 def measured(tokens: int, seconds: float, *, final: bool = False) -> SimpleNamespace:
     """What the worker says of a stretch of 1,000 tokens that ended at `tokens`."""
     row = {"tokens": tokens, "train_tokens": 1_000, "train_ms": round(1000 * seconds), "checkpoint_ms": 100}
-    return SimpleNamespace(**row, evaluate_tokens=300, evaluate_ms=500, full_loss=2.0 if final else None)
+    return SimpleNamespace(**row, width=1.0, evaluate_tokens=300, evaluate_ms=500, full_loss=2.0 if final else None)
 
 
 def taught(**more: Any) -> Projector:
@@ -98,7 +98,7 @@ def test_the_prior_knows_adapters_and_the_model_long_rows() -> None:
     prior = adapted.train(larger, 1_000).mean / plain.train(larger, 1_000).mean
     assert math.isclose(prior, 1 + 6 * 6_400_000 / 40_000_000)
     longer = Projector(dataclasses.replace(PLAN, run_tokens=400_000), 10_000_000, "cpu", 2)
-    rows = [projector._train(config(0)).features["log_row"] for projector in (plain, longer)]
+    rows = [projector._train(config(0), 1.0).features["log_row"] for projector in (plain, longer)]
     assert rows == [math.log(100 / 512), math.log(4_000 / 512)]
 
 
@@ -110,6 +110,36 @@ def test_compilation_is_learned_apart_and_counts_at_the_next_start() -> None:
     assert projector.load().mean == start
     projector.observe_compile(30_000)
     assert math.isclose(projector.load().mean, start + 30, rel_tol=0.2)
+
+
+def test_a_pack_is_projected_at_its_present_width() -> None:
+    """Proves that the next decision is forecast at the width as it stands, and the way beyond it alone."""
+    projector = Projector(PLAN, 10_000_000, "cpu", 2)
+    for number in range(24):
+        row = measured(1_000, 1.0 + 3.0 / (number % 4 + 1))
+        row.width = float(number % 4 + 1)
+        projector.observe_evaluation(config(number), row)
+    waits = trial(30, state="live", slot="w")
+    alone = projector.train(config(30), 1_000).mean
+    assert math.isclose(alone, 4.0, rel_tol=0.1)
+    to_target, to_end = projector.to_target(waits).mean, projector.to_end(waits).mean
+    projector.width = 4
+    saved = to_target - projector.to_target(waits).mean
+    assert math.isclose(saved, alone - projector.train(config(30), 1_000, 4).mean, rel_tol=1e-9)
+    assert math.isclose(saved, 4.0 - 1.75, rel_tol=0.15)
+    assert math.isclose(to_end - projector.to_end(waits).mean, saved, rel_tol=1e-9)
+    full = trial(31, config=config(31, method="full", rank=None, alpha=None, targets=None))
+    at_four = projector.to_target(full)
+    projector.width = 1
+    assert at_four == projector.to_target(full), "a full-parameter trial has the machine to itself"
+
+
+def test_the_tail_pays_for_every_slot() -> None:
+    """Proves that a slice's tail holds the checkpoints of a whole pack, and one of a full-parameter trial."""
+    projector = taught()
+    one, four = (projector.tail(("lora",), slots).high for slots in (1, 4))
+    assert math.isclose(four - one, 3 * projector.checkpoint("lora").high, rel_tol=1e-9)
+    assert projector.tail(("full",), 4) == projector.tail(("full",), 1)
 
 
 # --- in the status --------------------------------------------------------------------------------------------------

@@ -52,3 +52,13 @@ def test_without_a_micro_dollar_nothing_is_opened(tmp_path: Path) -> None:
     """Proves that a spent cap is said to be spent, also where the machine's time is billed already."""
     with pytest.raises(BudgetError, match="left"):
         first_slice(tmp_path, cap=100_000, spent=100_000, billed_already=3_600_000)
+
+
+@pytest.mark.parametrize(("until_ms", "parts"), [(1_010, [103, 203, 4]), (1_000, [100, 200, 0]), (900, [100, 200, 0])])
+def test_what_no_report_explains_is_everybodys(until_ms: int, parts: list[int]) -> None:
+    """Proves the split of a dead pack's last moments: in equal parts, to the millisecond, and never less than none."""
+    worker = SimpleNamespace(settled_ms=700, settled_usage={"load": 700})
+    usage = {"load": 700, "trial:0": 100, "trial:1": 200}
+    rest = ["trial:0", "trial:1", "trial:2"]
+    found = slices._explained(worker, usage, until_ms, rest)  # type: ignore[arg-type]
+    assert [found[centre] for centre in rest] == parts and found["load"] == 700

@@ -43,6 +43,7 @@ def test_overrides_win(path: Path) -> None:
     spec = load(path, ["search.rank=[8,16]", "search.learning_rate={low: 1e-4, high: 1e-2}"], "other", "$5")
     assert (spec.study, spec.budget.cap, spec.search.rank) == ("other", 5_000_000, (8, 16))
     assert spec.search.learning_rate.low == 1e-4
+    assert [load(path, [f"machine.slots={n}"]).machine.slots for n in ("auto", 1, 64)] == ["auto", 1, 64]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,11 @@ def test_overrides_win(path: Path) -> None:
         ("data.validation=1.5", r"data\.validation: input should be less than 1"),
         ("search.rungs=[0.2, 0.1]", r"rungs must rise"),
         ("budget.cap=lots", r"not an amount of dollars"),
+        ("machine.slots=0", r"line 4: machine\.slots: is `auto`, or how many LoRA trials .* 1 to 64 \(given: 0\)"),
+        ("machine.slots=65", r"1 to 64"),
+        ("machine.slots=many", r"1 to 64"),
+        ("machine.slots=2.5", r"1 to 64"),
+        ("machine.slots=on", r"1 to 64"),
         ("nonsense", r"write it as"),
     ],
 )

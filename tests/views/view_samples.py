@@ -91,6 +91,7 @@ def a_statement(costs: Sequence[int], *, cap: int, rate: int = 3_600_000, overru
         "study": "words",
         "unit": "hour",
         "machine": {"spans": [{"micros_per_hour": rate, "ms": spent + overrun}], "cost": money(spent + overrun)},
+        "occupancy": 0.9731,
         "trials": [
             {"number": t["number"], "in_words": t["in_words"], "state": t["state"], **money(micros)}
             for t, micros in zip(trials, costs, strict=True)

@@ -248,7 +248,7 @@ class GpuRunner:
             self._flying.popleft().synchronize()
 
     def ready(self) -> None:
-        """From here on layers are compiled and streams captured: an error of the model would be hard to read in them."""
+        """From here on layers are compiled and streams captured, in which a model's errors would be hard to read."""
         self.compile = self.graphs = True
 
     def recover(self) -> None:

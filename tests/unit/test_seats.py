@@ -1,0 +1,110 @@
+"""How many trials train at once, who takes a free seat, and what a pack computes beside what it trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from sweep import launch, pricing, records, seats, summary, tables
+from sweep.records import Study, TrialRow, WorkerRow
+from sweep.spec import validate
+from sweep.store import Store
+from trainers.messages import TrialConfig
+
+
+def a_study(device: str = "NVIDIA H100", **changes: Any) -> Study:
+    """What seats ask of a study: the search's methods and live set, the machine's slots, the device that was seen."""
+    values = {"slots": "auto", "on": "auto", "live": 4, "method": ("lora", "full")} | changes
+    machine = SimpleNamespace(slots=values["slots"], device=values["on"])
+    search = SimpleNamespace(method=values["method"], live=values["live"])
+    spec = SimpleNamespace(machine=machine, search=search)
+    return cast(Study, SimpleNamespace(spec=spec, facts={"device": device}))
+
+
+def workers(*lora: int) -> list[WorkerRow]:
+    """Workers that said so many LoRA slots; one that said nothing has zero here."""
+    rows = [
+        SimpleNamespace(id=f"w{n}", slots={"lora": count, "full": 1} if count else {}) for n, count in enumerate(lora)
+    ]
+    return cast(list[WorkerRow], rows)
+
+
+def trial(number: int, method: str = "lora", state: str = "live", slot: str | None = "w0") -> TrialRow:
+    """A trial, seated unless `slot` is None."""
+    values: dict[str, Any] = {"method": method, "learning_rate": 1e-3, "batch_size": 4, "examples": 100, "seed": 0}
+    row = records.newcomer(TrialConfig(number=number, **values))
+    return TrialRow(**(row.__dict__ | {"state": state, "slot": slot}))
+
+
+@pytest.mark.parametrize(
+    ("study", "said", "slots", "live"),
+    [
+        (a_study(), [], 4, 4),  # the probe may find more: then the worker says so
+        (a_study(), [16], 16, 16),
+        (a_study(), [16, 12, 0], 12, 12),
+        (a_study("cpu"), [], 1, 4),
+        (a_study("replay"), [], 1, 4),
+        (a_study(on="cpu"), [], 1, 4),
+        (a_study("cpu", slots=8), [], 8, 8),
+        (a_study(slots=2), [], 2, 4),
+        (a_study(slots=8, method=("full",)), [8], 1, 4),
+    ],
+)
+def test_slots_are_what_the_worker_says(study: Study, said: list[int], slots: int, live: int) -> None:
+    """Proves where the number comes from: a worker, else the spec, else the device; no slot stays empty for `live`."""
+    assert (seats.slots(study, workers(*said)), seats.live(study, workers(*said))) == (slots, live)
+
+
+def test_a_gpu_is_probed_unless_the_spec_says_slots() -> None:
+    """Proves when a worker's start has to be forecast with a probe."""
+    assert seats.probes(a_study()) and not seats.probes(a_study("cpu")) and not seats.probes(a_study("replay"))
+    assert not seats.probes(a_study(slots=4)) and not seats.probes(a_study(method=("full",)))
+
+
+def test_the_width_is_of_lora_trials_that_run() -> None:
+    """Proves that neither paused trials nor full-parameter ones share the machine, and that slots bound the width."""
+    rows = [trial(0), trial(1, state="waiting"), trial(2, state="paused"), trial(3, "full"), trial(4, state="judging")]
+    assert [seats.width(slots, rows) for slots in (1, 2, 8)] == [1, 2, 3]
+    assert seats.width(8, []) == 1
+
+
+def test_a_seat_is_free_for_one_method() -> None:
+    """Proves that a pack fills up, that one who was told to leave makes room, and that methods do not mix."""
+    (worker,) = workers(2)
+    comes, other = trial(9, slot=None), trial(8, "full", slot=None)
+    assert seats.free(worker, comes, []) and seats.free(worker, other, [])
+    assert seats.free(worker, comes, [trial(0)]) and not seats.free(worker, other, [trial(0)])
+    assert not seats.free(worker, comes, [trial(0), trial(1, state="judging")])
+    assert seats.free(worker, comes, [trial(0), trial(1, state="paused")])
+    assert not seats.free(worker, comes, [trial(0, "full")])
+
+
+def test_occupancy_is_weighted_by_what_was_computed(tmp_path: Path) -> None:
+    """Proves the statement's figure: what nobody measured is left out, and full-parameter training pads nothing."""
+    recording = {"parameters": 10_000_000, "train_rows": 800, "validation_rows": 64, "validation_tokens": 1_300}
+    (tmp_path / "curves.json").write_text(json.dumps(recording | {"tokens_per_example": 20}))
+    values = {"study": "words", "model": f"replay:{tmp_path / 'curves.json'}", "data": {"train": "recorded"}}
+    spec = validate(values | {"machine": {"price": "$1/hour"}, "budget": {"cap": "$1"}}, "here")
+    store = Store(f"sqlite:///{tmp_path}/studies.db", create=True)
+    launch.create(store, spec, launch.look(spec, tmp_path), pricing.quote(spec), tmp_path / "words", ("boot", 0))
+    shares = {"a": 0.5, "b": 0.8, "c": None}
+    rows = [SimpleNamespace(id=name, occupancy=share) for name, share in shares.items()]
+    trials = [trial(0), trial(1), trial(2, "full")]
+    with store.write() as connection:
+
+        def occupancy() -> float | None:
+            return summary._occupancy(connection, "words", trials, cast(list[WorkerRow], rows))
+
+        assert occupancy() is None
+        for row in trials:
+            records.add_trial(connection, "words", row.config, 1)
+        attempts = [(0, "a", 0, 100), (0, "b", 100, 500), (1, "c", 0, 9_000), (2, "c", 0, 300)]
+        for place, (number, worker, start, end) in enumerate(attempts):
+            named = {"study": "words", "trial": number, "worker": worker, "from_tokens": start, "tokens": end}
+            connection.execute(tables.attempt.insert().values(id=str(place), **named))
+        assert occupancy() == pytest.approx(800 / (200 + 500 + 300))
+    store.dispose()
