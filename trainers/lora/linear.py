@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from trainers.lora import dropout
 from trainers.lora.bank import Group
-from trainers.lora.stream import Stream
+from trainers.lora.stream import Span, Stream
 
 _groups: weakref.WeakValueDictionary[int, PackedGroup] = weakref.WeakValueDictionary()
 
@@ -42,6 +42,13 @@ class PackedGroup:
         self.pending: list[torch.Tensor] = []
         self.stream: Stream | None = None
         _groups[number] = self
+
+    @property
+    def span(self) -> Span:
+        """The one slot's tokens that run through on the CPU."""
+        assert self.stream is not None
+        (span,) = self.stream.spans
+        return span
 
 
 class _Packed:
@@ -137,59 +144,51 @@ def _backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[torch.Tensor,
 packed_linears.register_autograd(_backward, setup_context=_setup_context)
 
 
-# --- on the CPU: slot by slot, so that no bit of a slot's result depends on what its neighbours hold -----------------
+# --- on the CPU: one slot's tokens at a time (runner.slot_by_slot) ----------------------------------------------------
 
 
 def _forward_cpu(packed: PackedGroup, x: torch.Tensor, rank: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    group, stream = packed.group, packed.stream
-    assert stream is not None
-    ys = [x.new_zeros((x.shape[0], size)) for size in group.outputs]
+    group, span = packed.group, packed.span
+    ys = [
+        functional.linear(x, linear.weight, linear.bias) if packed.plain else x.new_zeros((x.shape[0], size))
+        for linear, size in zip(group.linears, group.outputs, strict=True)
+    ]
     s = x.new_zeros((x.shape[0], packed.columns * rank))
-    for span in stream.spans:
-        rows = slice(span.start, span.end)
-        if packed.plain:
-            for y, linear in zip(ys, group.linears, strict=True):
-                y[rows] = functional.linear(x[rows], linear.weight, linear.bias)
-        slot = span.slot
-        first = None if slot is None else slot.first(slot.copy, group)
-        if slot is None or first is None:
-            continue
-        projected = dropout.apply(x[rows], span, group) @ first[:, : slot.rank].reshape(-1, group.inputs).T
-        projected = projected.view(-1, packed.columns, slot.rank) * slot.scale
-        s[rows].view(-1, packed.columns, rank)[..., : slot.rank] = projected
-        for member, y in enumerate(ys):
-            second = slot.second(slot.copy, group, member)
-            assert second is not None
-            y[rows] += projected[:, member] @ second[: slot.rank]
+    slot = span.slot
+    first = None if slot is None else slot.first(slot.copy, group)
+    if slot is None or first is None:
+        return ys, s
+    projected = dropout.apply(x, span, group) @ first[:, : slot.rank].reshape(-1, group.inputs).T
+    projected = projected.view(-1, packed.columns, slot.rank).mul_(slot.scale)
+    s.view(-1, packed.columns, rank)[..., : slot.rank] = projected
+    for member, y in enumerate(ys):
+        second = slot.second(slot.copy, group, member)
+        assert second is not None
+        y.addmm_(projected[:, member], second[: slot.rank])
     return ys, s
 
 
 def _backward_cpu(packed: PackedGroup, grads: list[torch.Tensor], x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    group, stream = packed.group, packed.stream
-    assert stream is not None
+    group, span = packed.group, packed.span
     dx = torch.zeros_like(x)
-    for span in stream.spans:
-        rows, slot = slice(span.start, span.end), span.slot
-        if packed.plain:
-            for grad, linear in zip(grads, group.linears, strict=True):
-                dx[rows] += grad[rows] @ linear.weight
-        first = None if slot is None else slot.first(slot.copy, group)
-        if slot is None or first is None:
-            continue
-        projected = s[rows].view(s[rows].shape[0], packed.columns, -1)[..., : slot.rank]
-        slopes = []
-        for member, grad in enumerate(grads):
-            second = slot.second(slot.copy, group, member)
-            gathered = slot.second(slot.gradient, group, member)
-            assert second is not None and gathered is not None
-            slopes.append(grad[rows] @ second[: slot.rank].T * slot.scale)
-            gathered[: slot.rank] += projected[:, member].T @ grad[rows]
-        slope = torch.cat(slopes, dim=1)  # [tokens, J * rank]
-        gathered = slot.first(slot.gradient, group)
-        assert gathered is not None
-        shape = (packed.columns, slot.rank, group.inputs)
-        gathered[:, : slot.rank] += (slope.T @ dropout.apply(x[rows], span, group)).view(shape)
-        dx[rows] += dropout.apply(slope @ first[:, : slot.rank].reshape(-1, group.inputs), span, group)
+    if packed.plain:
+        for grad, linear in zip(grads, group.linears, strict=True):
+            dx.addmm_(grad, linear.weight)
+    slot = span.slot
+    first = None if slot is None else slot.first(slot.copy, group)
+    if slot is None or first is None:
+        return dx
+    projected = s.view(x.shape[0], packed.columns, -1)[..., : slot.rank]
+    dropped = dropout.apply(x, span, group)
+    gathered_first = slot.first(slot.gradient, group)
+    for member, grad in enumerate(grads):
+        second = slot.second(slot.copy, group, member)
+        gathered_second = slot.second(slot.gradient, group, member)
+        assert second is not None and gathered_first is not None and gathered_second is not None
+        slope = (grad @ second[: slot.rank].T).mul_(slot.scale)
+        gathered_second[: slot.rank].addmm_(projected[:, member].T, grad)
+        gathered_first[member, : slot.rank].addmm_(slope.T, dropped)
+        dx += dropout.apply(slope @ first[member, : slot.rank], span, group)
     return dx
 
 
