@@ -97,12 +97,12 @@ class Meter:
     @contextlib.contextmanager
     def shared(self, weights: dict[str, int]) -> Iterator[None]:
         """Charges the time inside to the centres in `weights`, in their proportions at the end (all zero: equally)."""
-        with self.on(_SHARED):
-            try:
+        try:
+            with self.on(_SHARED):
                 yield
-            finally:
-                self.now_ns()
-                self._divide(self._spent_ns.pop(_SHARED), weights)
+        finally:
+            # After the centre is the outer one again: what the division itself takes must not be left in no one's name.
+            self._divide(self._spent_ns.pop(_SHARED), weights)
 
     def _divide(self, spent_ns: int, weights: dict[str, int]) -> None:
         if not any(weights.values()):

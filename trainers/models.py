@@ -305,9 +305,11 @@ def load_engines(job: WorkerJob) -> LoadedEngines:
     base = load_base(job.model, job.device)
     verify_loss(base, [train[0], train[min(1, train.rows - 1)]])
     slots, stream_tokens = _pack(job, base, train, validation)
-    engines: dict[str, Engine] = {
-        "lora": LoraEngine(base, train, validation, job.rung_rows, stream_tokens, slots),
-        "full": FullEngine(base, train, validation, job.rung_rows),
-    }
+    lora = LoraEngine(base, train, validation, job.rung_rows, stream_tokens, slots)
+    if base.device.type == "cuda":
+        from trainers.lora import probe
+
+        probe.warm_up(lora, job.max_rank)
+    engines: dict[str, Engine] = {"lora": lora, "full": FullEngine(base, train, validation, job.rung_rows)}
     device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else "cpu"
     return LoadedEngines(engines, device, base.model.num_parameters(), linear_shapes(base.model))

@@ -153,10 +153,14 @@ class Worker:
         now_ms = self._meter.now_ms()
         if self._job.timings:
             return not evaluating and now_ms >= self._work_ms
-        last_ms = self._last_ms() - self._step_ns / _NS_PER_MS
+        last_ms = self._last_ms() - self._steps_ahead() * self._step_ns / _NS_PER_MS
         if evaluating:
             last_ms -= max(self._evaluate_ms.values(), default=_FIRST_GUESS_MS) * _SAFETY
         return now_ms >= (last_ms if evaluating else min(last_ms, self._work_ms))
+
+    def _steps_ahead(self) -> int:
+        """Steps that may still run once no more are begun: on a GPU one is launched while another is computed."""
+        return 1 if self._loaded.device == "cpu" else 2
 
     def _last_ms(self) -> float:
         """When the checkpoints must begin, to be done before the watchdog's SIGTERM."""

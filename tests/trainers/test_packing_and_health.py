@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import same_bits, weights
 
+from trainers.lora import probe
+from trainers.lora.engine import LoraEngine
 from trainers.lora.health import EXPLODED, MIN_PATIENCE, Health
 from trainers.lora.packing import Batch, cut, share
+from trainers.models import load_base
+from trainers.splits import load_split
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=8)
 
@@ -147,3 +153,26 @@ def test_a_resumed_trial_has_no_start() -> None:
     """Of a resumed trial nothing is known of the start: a loss above what it resumed with does not end it."""
     assert feed(Health(100, resumed=True), [2.0] * 5 + [9.0] * 90) is None
     assert feed(Health(100, resumed=True), [2.0] * 20 + [9.0] * 5, [1.0] * 20 + [1e9] * 5) is None
+
+
+def test_warming_up_leaves_the_engine_as_it_was(model_folder: Path, data_folder: Path) -> None:
+    """A warm-up runs streams of a trial that learns nothing: no slot, no base weight and no figure of it stays."""
+    base = load_base(str(model_folder), "cpu")
+    before = weights(base.model)
+    engine = LoraEngine(base, load_split(data_folder, "train"), load_split(data_folder, "validation"), 5, 64, slots=2)
+    probe.warm_up(engine, 20)
+    assert same_bits(weights(base.model), before)
+    assert not base.busy
+    assert math.isnan(engine.occupancy())
+    with pytest.raises(KeyError, match="in no slot"):
+        engine.position(0)
+
+
+def test_width_is_the_shortest_that_saturates_and_that_the_memory_holds() -> None:
+    """90 % of the best speed is enough; slots fill a stream with small batches, within 32 and within the memory."""
+    assert probe.shortest_of({2048: 50.0, 4096: 80.0, 8192: 95.0, 16384: 100.0}) == 8192
+    assert probe.shortest_of({2048: 100.0, 4096: 90.0}) == 2048
+    assert probe.slots_for(8192, 300.0, 1e12, 1e9) == 8
+    assert probe.slots_for(8192, 300.0, 3.5e9, 1e9) == 3
+    assert probe.slots_for(65536, 22.0, 1e12, 1e6) == probe.MOST_SLOTS
+    assert probe.slots_for(2048, 5000.0, 0.0, 1e9) == 1

@@ -102,7 +102,6 @@ class LoraEngine:
         self._trials: dict[int, Live] = {}
         self._reports: deque[_Report] = deque()
         self._failures: list[TrialFailed] = []
-        self._turn = 0
         self.trained_tokens = 0  # real ones, of all trials
         self._computed = 0
         self._runner: Runner = self._make_runner()
@@ -197,6 +196,10 @@ class LoraEngine:
         """Real tokens of training over tokens computed, since the start; nan before."""
         return self.trained_tokens / self._computed if self._computed else math.nan
 
+    def forget_tokens(self) -> None:
+        """Counts occupancy from here on."""
+        self.trained_tokens = self._computed = 0
+
     # --- training ---------------------------------------------------------------------------------------------------
 
     def advance(self, pause: Callable[[], bool]) -> list[int]:
@@ -244,7 +247,6 @@ class LoraEngine:
 
     def _parts(self, training: list[Live]) -> list[Part]:
         if self._runner.shared:
-            self._turn += 1
             order = sorted(training, key=lambda live: (live.batch is not None and live.batch.fresh, live.tokens))
             taken = packing.share([self._batch(live) for live in order], self.micro_tokens)
             taking = [(live, rows) for live, rows in zip(order, taken, strict=True) if rows]

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,13 +20,13 @@ from typing import Any
 
 import torch
 
-from trainers.lora.bank import Layout
+from trainers.engine import TrialFailed
+from trainers.lora.bank import RANK_STEP, Layout
 from trainers.lora.engine import LoraEngine
 from trainers.lora.models import find_groups
 from trainers.messages import TrialConfig
-from trainers.models import Base
+from trainers.models import Base, ModelError
 from trainers.splits import Split
-from trainers.training import is_out_of_memory
 
 SATURATION = 0.9  # of the best speed, and of the memory that is free
 SHORTEST, LONGEST = 2048, 65536  # tokens of a stream
@@ -59,7 +60,7 @@ def shortest_of(speeds: dict[int, float]) -> int:
 
 
 def choose(base: Base, train: Split, validation: Split, max_rank: int) -> Width:
-    """Measures, or reads what was measured before; leaves nothing on the GPU. Raises RuntimeError: no room."""
+    """Measures, or reads what was measured before; leaves nothing on the GPU. Raises ModelError: no room."""
     started = time.monotonic()
     mean = float(train.lengths.mean())
     slot_bytes = float(BYTES * Layout(find_groups(base)).elements("all-linear", max_rank))
@@ -70,12 +71,21 @@ def choose(base: Base, train: Split, validation: Split, max_rank: int) -> Width:
         for tokens, speed, peak in _measure(base, train, validation):
             kept["speeds"][str(tokens)], kept["peaks"][str(tokens)] = speed, peak
         if not kept["speeds"]:
-            raise RuntimeError(f"{base.name}: not even a stream of {SHORTEST} tokens fits on this GPU")
+            raise ModelError(f"{base.name}: not even {SHORTEST} tokens at once fit on this GPU; use a smaller model")
         _write(key, kept)
     tokens = shortest_of({int(t): speed for t, speed in kept["speeds"].items()})
     free, _ = torch.cuda.mem_get_info(base.device)
     left = SATURATION * free - kept["peaks"][str(tokens)]
     return Width(slots_for(tokens, mean, left, slot_bytes), tokens, time.monotonic() - started)
+
+
+def warm_up(engine: LoraEngine, max_rank: int) -> None:
+    """Runs streams until everything is compiled, so that no trial pays for it. The engine is as fresh as before.
+
+    The trial has the largest rank that is to come, since kernels are compiled for it. Raises TrialFailed.
+    """
+    _drive(engine, max_rank, _SETTLED, lambda: None)
+    engine.forget_tokens()
 
 
 def _measure(base: Base, train: Split, validation: Split) -> list[tuple[int, float, int]]:
@@ -86,15 +96,12 @@ def _measure(base: Base, train: Split, validation: Split) -> list[tuple[int, flo
         free, _ = torch.cuda.mem_get_info(base.device)
         if found and 2 * found[-1][2] > SATURATION * free:
             break
-        try:
-            speed, peak = _stream(base, train, validation, tokens)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            torch.cuda.empty_cache()
-            break
-        found.append((tokens, speed, peak))
+        measured = _stream(base, train, validation, tokens)
         torch.cuda.empty_cache()
+        if measured is None:
+            break
+        speed, peak = measured
+        found.append((tokens, speed, peak))
         slow = tokens / speed > _SLOW_S
         if slow or (len(found) > 1 and speed < _GAIN * found[-2][1]):
             break
@@ -102,20 +109,35 @@ def _measure(base: Base, train: Split, validation: Split) -> list[tuple[int, flo
     return found
 
 
-def _stream(base: Base, train: Split, validation: Split, tokens: int) -> tuple[float, int]:
-    """Tokens a second of captured streams of this length, and the most bytes they took above what was there."""
+def _stream(base: Base, train: Split, validation: Split, tokens: int) -> tuple[float, int] | None:
+    """Tokens a second of streams of this length, and the most bytes they took above the base; None: they do not fit."""
     torch.cuda.reset_peak_memory_stats(base.device)
     before = torch.cuda.memory_allocated(base.device)
     engine = LoraEngine(base, train, validation, 1, tokens, slots=1)
+    try:
+        speed = _drive(engine, RANK_STEP, _STREAMS, lambda: torch.cuda.synchronize(base.device))
+    except TrialFailed:
+        return None
+    if engine.micro_tokens < tokens:  # it ran out of memory and went on with less
+        return None
+    return speed, torch.cuda.max_memory_allocated(base.device) - before
+
+
+def _drive(engine: LoraEngine, rank: int, streams: int, wait: Callable[[], None]) -> float:
+    """Runs streams full of one trial that learns nothing; tokens a second after the settling ones, 0 if there are none.
+
+    The trial's one batch is all rows, so that no stream is cut short by an optimizer step.
+    """
+    rows, total = engine.train.rows, int(engine.train.lengths.sum())
     config = TrialConfig(
         number=0,
         method="lora",
         learning_rate=0.0,
-        batch_size=train.rows,
-        examples=train.rows * max(2, -(-_STREAMS * 2 * tokens // int(train.lengths.sum()))),
+        batch_size=rows,
+        examples=rows * max(2, -(-2 * streams * engine.micro_tokens // total)),
         seed=0,
-        rank=16,
-        alpha=16.0,
+        rank=rank,
+        alpha=1.0,
         targets="all-linear",
     )
     engine.admit(config, None, None)
@@ -123,14 +145,16 @@ def _stream(base: Base, train: Split, validation: Split, tokens: int) -> tuple[f
 
     def pause() -> bool:
         if len(marks) >= _SETTLED:
-            torch.cuda.synchronize(base.device)
+            wait()
         marks.append((time.monotonic(), engine.trained_tokens))
-        return len(marks) >= _STREAMS
+        return len(marks) >= streams
 
     engine.advance(pause)
     engine.drop(0)
+    if len(marks) <= _SETTLED + 1:
+        return 0.0
     (start, first), (end, last) = marks[_SETTLED], marks[-1]
-    return (last - first) / (end - start), torch.cuda.max_memory_allocated(base.device) - before
+    return (last - first) / (end - start)
 
 
 def _key(base: Base, longest: int) -> str:
