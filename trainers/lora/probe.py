@@ -85,6 +85,7 @@ def warm_up(engine: LoraEngine, max_rank: int) -> None:
     The trial has the largest rank that is to come, since kernels are compiled for it. Raises TrialFailed.
     """
     _drive(engine, max_rank, _SETTLED, lambda: None)
+    engine.evaluate(None, 1)
     engine.forget_tokens()
 
 
