@@ -12,6 +12,7 @@ tokenizers pad with the end-of-sequence token, which is trained here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +81,20 @@ def batches(config: TrialConfig, rows: int) -> list[NDArray[np.int64]]:
     epochs = -(-config.examples // rows)
     stream = np.concatenate([order(rows, config.seed, epoch) for epoch in range(epochs)])[: config.examples]
     return [stream[start : start + config.batch_size] for start in range(0, config.examples, config.batch_size)]
+
+
+def cut(rows: Sequence[int], lengths: NDArray[np.int64], budget: int) -> list[list[int]]:
+    """Cuts rows, in their order, into parts of at most `budget` tokens, but at least one row."""
+    parts: list[list[int]] = []
+    tokens = budget + 1
+    for row in rows:
+        length = int(lengths[row])
+        if tokens + length > budget:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(int(row))
+        tokens += length
+    return parts
 
 
 def load_split(folder: Path, name: str) -> Split:

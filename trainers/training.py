@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,7 @@ from trainers.engine import Evaluation, Position, TrialFailed
 from trainers.loss import completion_nll, flat_batch
 from trainers.messages import FailureCode, Method, TrialConfig
 from trainers.models import Base, ModelError
-from trainers.splits import Split, batches
+from trainers.splits import Split, batches, cut
 
 INITIALISATION, DROPOUT = 1, 2  # what a seed is drawn for
 # Input tokens run through the model at once. Attention over a flat batch costs the square of its length, which the
@@ -75,14 +75,12 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-@dataclass
-class Trial:
-    """The trial in the slot. `parameters` are what the optimizer steps, under the names its checkpoint uses."""
+@dataclass(kw_only=True)
+class Run:
+    """How far a trial in a slot is; `batches` are the rows of each optimizer step."""
 
     config: TrialConfig
     batches: list[NDArray[np.int64]]
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.AdamW
     step: int = 0
     tokens: int = 0
     until_tokens: int | None = None
@@ -97,6 +95,41 @@ class Trial:
     def arrived(self) -> bool:
         """Whether it stands at its target."""
         return self.position.done or (self.until_tokens is not None and self.tokens >= self.until_tokens)
+
+    def take_loss(self) -> float:
+        """Mean training loss over the steps since the last call; nan if there were none."""
+        mean = sum(self.losses) / len(self.losses) if self.losses else math.nan
+        self.losses.clear()
+        return mean
+
+
+@dataclass(kw_only=True)
+class Trial(Run):
+    """The trial in the slot. `parameters` are what the optimizer steps, under the names its checkpoint uses."""
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.AdamW
+
+
+def evaluation(
+    split: Split, rung_rows: int, count: int, micro_tokens: int, nll: Callable[[list[int]], torch.Tensor]
+) -> Evaluation:
+    """Sums up what `nll` says of the first `count` rows, a part of at most `micro_tokens` at a time.
+
+    The rung rows form parts of their own, so that their loss is the same to the bit whether or not more follow.
+    """
+    rung = min(rung_rows, count)
+    sums = []
+    for rows in (range(rung), range(rung, count)):
+        parts = [nll(part).double() for part in cut(rows, split.lengths, micro_tokens)]
+        sums.append(float(sum(parts)) if parts else 0.0)
+    return Evaluation(
+        rung_nll=sums[0],
+        rung_tokens=int(split.mask[: split.offsets[rung]].sum()),
+        nll=sums[0] + sums[1],
+        completion_tokens=int(split.mask[: split.offsets[count]].sum()),
+        input_tokens=int(split.offsets[count]),
+    )
 
 
 class SlotEngine(ABC):
@@ -165,7 +198,14 @@ class SlotEngine(ABC):
         optimizer = make_optimizer(config, list(parameters.values()))
         if checkpoint is not None:
             load_optimizer(checkpoint, optimizer, parameters, state.step)
-        return Trial(config, batches(config, rows), parameters, optimizer, state.step, state.tokens)
+        return Trial(
+            config=config,
+            batches=batches(config, rows),
+            parameters=parameters,
+            optimizer=optimizer,
+            step=state.step,
+            tokens=state.tokens,
+        )
 
     def target(self, trial: int, until_tokens: int | None) -> None:
         """Sets where the trial stands still next; None is its end."""
@@ -177,10 +217,7 @@ class SlotEngine(ABC):
 
     def train_loss(self, trial: int) -> float:
         """Mean training loss (nats a completion token) over the steps since the last call; nan if there were none."""
-        losses = self._of(trial).losses
-        mean = sum(losses) / len(losses) if losses else math.nan
-        losses.clear()
-        return mean
+        return self._of(trial).take_loss()
 
     def occupancy(self) -> float:
         """Real tokens over tokens computed: examples lie end to end, nothing is padded."""
@@ -235,26 +272,12 @@ class SlotEngine(ABC):
         torch.manual_seed(derive_seed(config.seed, DROPOUT, step))
         completion = sum(int(self.train[int(row)].mask.sum()) for row in rows)
         total = torch.zeros((), device=self.base.device)
-        for part in self._micro_batches(self.train, rows):
+        for part in cut(rows.tolist(), self.train.lengths, self.micro_tokens):
             batch = flat_batch([self.train[row] for row in part], self.base.device)
             loss = completion_nll(self.base.decoder, self.base.head, batch) / completion
             loss.backward()
             total += loss.detach()
         return float(total)
-
-    def _micro_batches(self, split: Split, rows: Sequence[int] | NDArray[np.int64]) -> Iterator[list[int]]:
-        """Cuts rows, in their order, into parts of at most `micro_tokens` input tokens, but at least one row."""
-        part: list[int] = []
-        tokens = 0
-        for row in (int(r) for r in rows):
-            length = int(split.lengths[row])
-            if part and tokens + length > self.micro_tokens:
-                yield part
-                part, tokens = [], 0
-            part.append(row)
-            tokens += length
-        if part:
-            yield part
 
     def evaluate(self, trial: int | None, rows: int | None) -> Evaluation:
         """Loss on the first `rows` validation rows (None: all) with the trial's weights; None is the base model.
@@ -283,23 +306,12 @@ class SlotEngine(ABC):
     @torch.no_grad()
     def _evaluate(self, count: int) -> Evaluation:
         self.base.model.eval()
-        # The rung rows form batches of their own, so that their loss is the same to the bit whether or not more follow.
-        rung = min(self.rung_rows, count)
-        sums = []
-        for rows in (range(rung), range(rung, count)):
-            nll = torch.zeros((), dtype=torch.float64, device=self.base.device)
-            for part in self._micro_batches(self.validation, rows):
-                batch = flat_batch([self.validation[row] for row in part], self.base.device)
-                nll += completion_nll(self.base.decoder, self.base.head, batch)
-            sums.append(float(nll))
-        offsets = self.validation.offsets
-        return Evaluation(
-            rung_nll=sums[0],
-            rung_tokens=int(self.validation.mask[: offsets[rung]].sum()),
-            nll=sums[0] + sums[1],
-            completion_tokens=int(self.validation.mask[: offsets[count]].sum()),
-            input_tokens=int(offsets[count]),
-        )
+
+        def nll(part: list[int]) -> torch.Tensor:
+            batch = flat_batch([self.validation[row] for row in part], self.base.device)
+            return completion_nll(self.base.decoder, self.base.head, batch)
+
+        return evaluation(self.validation, self.rung_rows, count, self.micro_tokens, nll)
 
     def checkpoint(self, trial: int, folder: Path) -> None:
         """Writes the trial whole into `folder`, or nothing. Raises OSError."""

@@ -15,9 +15,9 @@ from tiny import same_bits, weights
 from trainers.lora import probe
 from trainers.lora.engine import LoraEngine
 from trainers.lora.health import EXPLODED, MIN_PATIENCE, Health
-from trainers.lora.packing import Batch, cut, share
+from trainers.lora.packing import Batch, share
 from trainers.models import load_base
-from trainers.splits import load_split
+from trainers.splits import cut, load_split
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=8)
 

@@ -11,12 +11,11 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from trainers.checkpoints import CheckpointError, State, holds, read_state, write_folder, write_state
@@ -34,35 +33,19 @@ from trainers.loss import compare_with_own
 from trainers.messages import FailureCode, TrialConfig
 from trainers.models import Base, ModelError, one_line
 from trainers.splits import Split, batches
-from trainers.training import DROPOUT, MICRO_TOKENS, derive_seed, is_out_of_memory, rate
+from trainers.training import DROPOUT, MICRO_TOKENS, Run, derive_seed, evaluation, is_out_of_memory, rate
 
 _REPORTS_AHEAD = 2  # steps whose figures may still be on their way from the GPU
 
 
-@dataclass
-class Live:
+@dataclass(kw_only=True)
+class Live(Run):
     """A trial in a slot; `batch` is what is left of its present optimizer step."""
 
-    config: TrialConfig
     index: int
     slot: Slot
-    batches: list[NDArray[np.int64]]
     health: Health
-    step: int = 0
-    tokens: int = 0
-    until_tokens: int | None = None
     batch: Batch | None = None
-    losses: list[float] = field(default_factory=list)
-
-    @property
-    def position(self) -> Position:
-        """How far it is."""
-        return Position(self.step, self.tokens, self.step == len(self.batches))
-
-    @property
-    def arrived(self) -> bool:
-        """Whether it stands at its target."""
-        return self.position.done or (self.until_tokens is not None and self.tokens >= self.until_tokens)
 
 
 @dataclass
@@ -175,7 +158,9 @@ class LoraEngine:
             adapter_files.read_optimizer(checkpoint, slot, state.step)
         plan = batches(config, rows)
         health = Health(len(plan), resumed=state.step > 0)
-        return Live(config, index, slot, plan, health, state.step, state.tokens)
+        return Live(
+            config=config, index=index, slot=slot, batches=plan, health=health, step=state.step, tokens=state.tokens
+        )
 
     def target(self, trial: int, until_tokens: int | None) -> None:
         """Sets where the trial stands still next; None is its end."""
@@ -187,10 +172,7 @@ class LoraEngine:
 
     def train_loss(self, trial: int) -> float:
         """Mean training loss (nats a completion token) over the steps since the last call; nan if there were none."""
-        losses = self._of(trial).losses
-        mean = sum(losses) / len(losses) if losses else math.nan
-        losses.clear()
-        return mean
+        return self._of(trial).take_loss()
 
     def occupancy(self) -> float:
         """Real tokens of training over tokens computed, since the start; nan before."""
@@ -367,23 +349,12 @@ class LoraEngine:
 
     @torch.no_grad()
     def _evaluate(self, live: Live | None, count: int) -> Evaluation:
-        # The rung rows form streams of their own, so that their loss is the same to the bit whether or not more follow.
-        rung = min(self.rung_rows, count)
         index, slot = (self.slots, None) if live is None else (live.index, live.slot)
-        sums = []
-        for rows in (range(rung), range(rung, count)):
-            nll = torch.zeros((), dtype=torch.float64, device=self.base.device)
-            for part in packing.cut(list(rows), self.validation.lengths, self.micro_tokens):
-                nll += self._nll(self.validation, Part(index, slot, part, part, 0, 1.0))
-            sums.append(float(nll))
-        offsets = self.validation.offsets
-        return Evaluation(
-            rung_nll=sums[0],
-            rung_tokens=int(self.validation.mask[: offsets[rung]].sum()),
-            nll=sums[0] + sums[1],
-            completion_tokens=int(self.validation.mask[: offsets[count]].sum()),
-            input_tokens=int(offsets[count]),
-        )
+
+        def nll(part: list[int]) -> torch.Tensor:
+            return self._nll(self.validation, Part(index, slot, part, part, 0, 1.0))
+
+        return evaluation(self.validation, self.rung_rows, count, self.micro_tokens, nll)
 
     def _nll(self, split: Split, part: Part) -> torch.Tensor:
         """The loss of one part (fp64 scalar), without dropout."""

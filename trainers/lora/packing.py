@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
 
 @dataclass
 class Batch:
@@ -64,17 +61,3 @@ def share(batches: Sequence[Batch], budget: int) -> list[list[int]]:
     if not any(taken):
         taken[0] += batches[0].take(0)
     return taken
-
-
-def cut(rows: Sequence[int], lengths: NDArray[np.int64], budget: int) -> list[list[int]]:
-    """Cuts rows, in their order, into parts of at most `budget` tokens, but at least one row."""
-    parts: list[list[int]] = []
-    tokens = budget + 1
-    for row in rows:
-        length = int(lengths[row])
-        if tokens + length > budget:
-            parts.append([])
-            tokens = 0
-        parts[-1].append(int(row))
-        tokens += length
-    return parts
