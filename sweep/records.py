@@ -71,6 +71,9 @@ class TrialRow:
     slot: str | None
     attempt: str | None
     told: bool
+    metric: float | None = None
+    metric_error: float | None = None
+    source: int | None = None  # the trial whose configuration this one confirms
 
     @property
     def promoted(self) -> bool:

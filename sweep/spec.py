@@ -46,6 +46,10 @@ def _slots(value: Any) -> Any:
     return value
 
 
+def _metric(value: Any) -> Any:
+    return {"metric": value} if isinstance(value, str) else value
+
+
 Usd = Annotated[int, BeforeValidator(parse_usd), Field(gt=0), PlainSerializer(_exact)]
 MachinePrice = Annotated[Rate, BeforeValidator(_rate), PlainSerializer(str)]
 T = typing.TypeVar("T")
@@ -65,6 +69,7 @@ class DataSpec(_Section):
     validation: Share | str = 0.1  # a share of train, or a file: chooses
     test: Share | str = 0.1  # a share of train, or a file: read by the endgame alone
     max_tokens: int = Field(default=1024, ge=8)
+    retention: str | None = None  # a file of general text or tasks: how much of it training unlearns
 
 
 class MachineSpec(_Section):
@@ -157,6 +162,38 @@ class SearchSpec(_Section):
         return self
 
 
+class ObjectiveSpec(_Section):
+    """What chooses among trials that came to their end. Rungs judge by loss, over the choices where there are some."""
+
+    metric: Annotated[str, Field(pattern=r"^(validation_loss|exact_match|accuracy|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")] = (
+        "validation_loss"  # or exact_match, accuracy, or module:function of your own
+    )
+    choices: Annotated[tuple[str, ...], Field(min_length=2)] | None = None  # of accuracy; None: those of the train rows
+    max_new_tokens: int = Field(default=64, ge=1, le=4096)  # that are generated for a metric on text
+
+    @model_validator(mode="after")
+    def _chosen_from(self) -> ObjectiveSpec:
+        if self.choices is not None and self.metric != "accuracy":
+            raise ValueError(f"`choices` are for the metric accuracy, not for {self.metric}")
+        return self
+
+
+class FullSpec(_Section):
+    """How full-parameter trials are trained; it changes what they cost and need, hardly what they learn."""
+
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"  # 8-bit: a quarter of the state's memory, needs bitsandbytes
+    checkpointing: bool | Literal["auto"] = "auto"  # of activations: auto where it would not fit without
+    processes: int = Field(default=1, ge=1)  # GPUs that share one trial
+
+
+class EndgameSpec(_Section):
+    """What the reserve buys: the leading configurations again, under seeds of their own, judged on the test rows."""
+
+    seeds: int = Field(default=3, ge=0, le=20)  # of each confirmed configuration; 0: nothing is confirmed
+    configurations: int = Field(default=3, ge=1, le=20)  # of each method that enter the race
+    ranks: bool = False  # the best configuration of each LoRA rank enters too
+
+
 class Spec(_Section):
     """One study, complete."""
 
@@ -166,7 +203,9 @@ class Spec(_Section):
     machine: MachineSpec
     budget: BudgetSpec
     search: SearchSpec = SearchSpec()
-    objective: Literal["validation_loss"] = "validation_loss"
+    objective: Annotated[ObjectiveSpec, BeforeValidator(_metric)] = ObjectiveSpec()
+    full: FullSpec = FullSpec()
+    endgame: EndgameSpec = EndgameSpec()
     seed: int = Field(default=0, ge=0, lt=2**32)
 
     def resolved(self) -> dict[str, Any]:

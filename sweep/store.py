@@ -77,6 +77,12 @@ def _m003_packs(connection: Connection) -> None:
     _add_missing_columns(connection)
 
 
+def _m004_endgame(connection: Connection) -> None:
+    """Confirmations, metrics, scores by example, peak memory."""
+    tables.metadata.create_all(connection)
+    _add_missing_columns(connection)
+
+
 def _add_missing_columns(connection: Connection) -> None:
     inspected = inspect(connection)
     for table in [*ledger_tables.metadata.sorted_tables, *tables.metadata.sorted_tables]:
@@ -88,7 +94,12 @@ def _add_missing_columns(connection: Connection) -> None:
 
 
 # A new database runs them all; each one leaves alone what is there already.
-MIGRATIONS: list[Callable[[Connection], None]] = [_m001_first_tables, _m002_tariffs_and_guards, _m003_packs]
+MIGRATIONS: list[Callable[[Connection], None]] = [
+    _m001_first_tables,
+    _m002_tariffs_and_guards,
+    _m003_packs,
+    _m004_endgame,
+]
 
 
 class Store:

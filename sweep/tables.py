@@ -28,6 +28,9 @@ from budgets.schema import Micros
 
 metadata = MetaData()
 
+CONFIRMATIONS = 1_000_000  # the number of the first trial that confirms another
+UNTRAINED = -1  # stands for the base model where there is a trial's number
+
 Real: TypeEngine[float] = Double().with_variant(REAL(), "sqlite")  # the only name that STRICT tables know
 
 study = Table(
@@ -56,7 +59,7 @@ trial = Table(
     "sweep_trial",
     metadata,
     Column("study", Text, nullable=False),
-    Column("number", Integer, nullable=False),  # Optuna's trial number
+    Column("number", Integer, nullable=False),  # Optuna's trial number; from CONFIRMATIONS on it is none of Optuna's
     Column("config", Text, nullable=False),  # TrialConfig, JSON
     Column("state", Text, nullable=False),
     Column("target", Integer, nullable=False, server_default="0"),  # index of the rung it trains towards
@@ -74,6 +77,9 @@ trial = Table(
     Column("slot", Text),  # the worker that it occupies a slot of
     Column("attempt", Text),
     Column("told", Integer, nullable=False, server_default="0"),  # Optuna knows its end
+    Column("metric", Real),  # the user's, at its end, over all validation rows
+    Column("metric_error", Real),  # its standard error
+    Column("source", Integer),  # the trial whose configuration it repeats under another seed: a confirmation
     PrimaryKeyConstraint("study", "number"),
     ForeignKeyConstraint(["study"], ["sweep_study.name"]),
     sqlite_strict=True,
@@ -112,8 +118,26 @@ evaluation = Table(
     Column("attempt", Text, nullable=False),
     Column("ordinal", Integer, nullable=False, server_default="0"),  # the order in which they arrived, from 1
     Column("width", Real, nullable=False, server_default="1"),  # trials that trained at once: the stretch's mean
+    Column("peak_bytes", Micros),  # of the worker's GPU memory, since the evaluation before
+    Column("examine_ms", Micros, nullable=False, server_default="0"),  # of metric and scores
     PrimaryKeyConstraint("study", "trial", "rung"),
     ForeignKeyConstraint(["study", "trial"], ["sweep_trial.study", "sweep_trial.number"]),
+    sqlite_strict=True,
+)
+
+# By example, since methods are compared on the same examples.
+scores = Table(
+    "sweep_scores",
+    metadata,
+    Column("study", Text, nullable=False),
+    Column("trial", Integer, nullable=False),  # UNTRAINED: the base model
+    Column("split", Text, nullable=False),  # test, retention
+    Column("nll", Text, nullable=False),  # JSON list: nats of each example's completion
+    Column("tokens", Text, nullable=False),  # JSON list: completion tokens of each
+    Column("metric", Text),  # JSON list: the user's metric of each
+    Column("majority", Real),  # of the base model's: what the most frequent completion alone would score
+    PrimaryKeyConstraint("study", "trial", "split"),
+    ForeignKeyConstraint(["study"], ["sweep_study.name"]),
     sqlite_strict=True,
 )
 

@@ -8,12 +8,16 @@ concerns one trial; that trial's slot is free afterwards and its neighbours are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trainers.messages import FailureCode, TrialConfig
+from trainers.splits import Split
 
 
 class TrialFailed(Exception):
@@ -76,6 +80,18 @@ class Engine(Protocol):
         """Loss on the first `rows` validation rows (None: all) with the trial's weights; None is the base model.
 
         Raises TrialFailed; the trial's slot is free then.
+        """
+
+    def score(self, trial: int | None, split: Split, rows: Sequence[int]) -> NDArray[np.float64]:
+        """Negative log-likelihood (nats) of each row's completion, float64 [rows], with the trial's weights.
+
+        None is the base model. Raises TrialFailed as `evaluate` does.
+        """
+
+    def generate(self, trial: int | None, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy continuations of prompts (token ids), each up to the end-of-sequence token, which is left out.
+
+        Raises TrialFailed as `evaluate` does.
         """
 
     def checkpoint(self, trial: int, folder: Path) -> None:

@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Literal
 
 Method = Literal["lora", "full"]
 Targets = Literal["attention", "mlp", "all-linear"]
+Optimizer = Literal["adamw", "adamw-8bit"]
 FailureCode = Literal["diverged", "out_of_memory", "disk", "error"]
 
 # In the environment of everything that a worker starts: the worker's folder.
@@ -59,6 +60,16 @@ class TrialConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a model makes of each example of a split: nats summed over its completion tokens, how many those are, and
+    the user's metric where there is one (of generated text or of the choices, higher is better)."""
+
+    nll: list[float]
+    tokens: list[int]
+    metric: list[float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class WorkerJob:
     """What a watchdog needs to start a worker, and the worker to start training (`job.json`)."""
 
@@ -81,6 +92,13 @@ class WorkerJob:
     stop_command: str | None = None
     slots: int | None = None  # LoRA trials that train at once; None: 1 on the CPU, what a probe finds on a GPU
     max_rank: int = 64  # of the search space: what a slot must have memory for
+    methods: list[Method] = field(default_factory=lambda: ["lora", "full"])  # that the study searches
+    optimizer: Optimizer = "adamw"  # of full-parameter trials
+    checkpointing: bool = False  # full-parameter trials keep no activations inside a layer: slower, and far smaller
+    processes: int = 1  # that train a full-parameter trial together, one a GPU
+    metric: str = "validation_loss"  # exact_match, accuracy or module:function: measured at a trial's end
+    choices: list[str] | None = None  # of accuracy; None: the distinct completions of the training rows
+    max_new_tokens: int = 64  # that a metric on generated text looks at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +140,13 @@ class EvaluateBase(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExamineBase(Command):
+    """Score the untrained base model on every example of the test and retention rows. Of the endgame alone."""
+
+    type: ClassVar[str] = "examine_base"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Admit(Command):
     """Put a trial into a free slot and train it until it has seen `until_tokens` (None: its whole run).
 
@@ -134,6 +159,7 @@ class Admit(Command):
     folder: str  # the trial's folder: checkpoints are its sub-folders
     until_tokens: int | None
     resume: str | None = None  # a checkpoint folder
+    examine: bool = False  # at its end, score it on every example of the test and retention rows. Of the endgame alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +241,19 @@ class BaseEvaluated(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BaseExamined(Event):
+    """The untrained model's scores by split (`test`, `retention`).
+
+    `majority` is by split what always giving the most frequent completion of the training rows would score.
+    """
+
+    type: ClassVar[str] = "base_examined"
+    scores: dict[str, Scores]
+    majority: dict[str, float] = field(default_factory=dict)
+    examine_ms: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrialEvent(Event):
     """Base of events about one attempt of one trial; `step` and `tokens` are the trial's own, over all its attempts."""
 
@@ -253,7 +292,9 @@ class Checkpointed(TrialEvent):
 class Evaluated(TrialEvent):
     """The trial reached its target, was evaluated and checkpointed, and stands still until it is told what next.
 
-    `loss` is over the rung rows; `full_loss` over all validation rows, only where the run is complete (`final`).
+    `loss` is over the rung rows; `full_loss` over all validation rows, only where the run is complete (`final`). Where
+    the metric is accuracy both are cross-entropies normalised over the choices. `metric` is over all validation rows,
+    with its standard error; `scores` by split what was asked for by `Admit.examine`.
     The measured figures cover the stretch since the last `admitted` or `evaluated` of this attempt, `occupancy` the
     worker's life so far.
     """
@@ -272,6 +313,10 @@ class Evaluated(TrialEvent):
     peak_bytes: int | None = None
     width: float = 1.0  # trials that trained at once, this one among them: the mean over the time that it trained
     occupancy: float | None = None  # real tokens over tokens computed, in training LoRA trials; None before
+    metric: float | None = None
+    metric_error: float | None = None
+    scores: dict[str, Scores] = field(default_factory=dict)
+    examine_ms: int = 0  # of metric and scores, beyond `evaluate_ms`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,11 +379,17 @@ def _build(kind: type[Any], values: dict[str, Any]) -> Any:
     known = {f.name for f in dataclasses.fields(kind)}
     if unknown := values.keys() - known:
         raise MessageError(f"{kind.__name__} has no field {sorted(unknown)[0]!r}")
-    values = {k: _build(TrialConfig, v) if hints[k] is TrialConfig else v for k, v in values.items()}
+    values = {k: _nested(hints[k], v) for k, v in values.items()}
     try:
         return kind(**values)
     except TypeError as error:
         raise MessageError(str(error)) from error
+
+
+def _nested(hint: Any, value: Any) -> Any:
+    if hint is TrialConfig:
+        return _build(TrialConfig, value)
+    return {name: _build(Scores, scores) for name, scores in value.items()} if hint == dict[str, Scores] else value
 
 
 def _parse(line: str, kinds: dict[str, type[Message]]) -> Any:

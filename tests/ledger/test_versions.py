@@ -129,6 +129,7 @@ def test_the_first_release_on_sqlite(first_release: Path) -> None:
             1,
             2,
             3,
+            4,
         ]
         assert sweep.audit.violations(connection, STUDY) == []
         after = Ledger(connection, STUDY).balances()

@@ -20,7 +20,7 @@ from sweep.launchers.local import LocalLauncher
 from trainers import processes
 from trainers.messages import Admit, Drop, Release, Slice, Stop
 
-# These hold a process to a deadline of a few seconds: with another test beside them they would measure the machine's load.
+# These hold a process to a deadline of seconds: with another test beside them they would measure the machine's load.
 pytestmark = pytest.mark.alone
 
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
