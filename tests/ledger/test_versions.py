@@ -125,12 +125,9 @@ def test_the_first_release_on_sqlite(first_release: Path) -> None:
     raw.close()
     store = Store(f"sqlite:///{first_release}")
     with store.read() as connection:
-        assert list(connection.execute(text("SELECT version FROM sweep_schema ORDER BY version")).scalars()) == [
-            1,
-            2,
-            3,
-            4,
-        ]
+        assert list(connection.execute(text("SELECT version FROM sweep_schema ORDER BY version")).scalars()) == list(
+            range(1, len(MIGRATIONS) + 1)
+        )
         assert sweep.audit.violations(connection, STUDY) == []
         after = Ledger(connection, STUDY).balances()
         assert after.accounts == balances and statement(after).spent == after.spent > 0
