@@ -2,7 +2,7 @@
 
     python -m benchmarks.machine_time SPEC [--set KEY=VALUE ...] [--folder DIR] [--out FILE]
 
-Runs the study as `sweep launch` does, in a process of its own, in `--folder` (by default a new one; in one that was used
+Runs the study as `sweep launch` does, in a process of its own, in `--folder` (by default a new one; in one used
 before, another `--set study=NAME` shows a start with warm caches), and looks at the GPU twice a second meanwhile. Then
 it reads what the workers said. One JSON line a worker, printed and appended to `--out`:
 
