@@ -148,6 +148,12 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [heads, T, d], k and v [key heads, T, d]; returns out [T, heads, d] and the base-2 log-sum-exp [heads, T]."""
+    return _attend(q, k, v, blocks, scale)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = _dense(q), _dense(k), _dense(v)
     heads, tokens, width = q.shape
     out = q.new_empty((tokens, heads, width))
@@ -179,6 +185,19 @@ def attention_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, shaped as they are and laid out token by token; slope and out are [T, heads, d]."""
+    return _attend_backward(slope, q, k, v, out, lse, blocks, scale)
+
+
+def _attend_backward(
+    slope: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    blocks: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     q, k, v, slope = _dense(q), _dense(k), _dense(v), _dense(slope)
     heads, tokens, width = q.shape
     made, given = out.transpose(0, 1), slope.transpose(0, 1)
@@ -222,3 +241,11 @@ def _backward(ctx: Any, slope: torch.Tensor, _: torch.Tensor | None) -> tuple[to
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def launch(heads: int, key_heads: int, width: int, tokens: int, blocks: torch.Tensor) -> None:
+    """Launches what attention of this shape launches, on tensors without memory (precompile.py)."""
+    q = torch.empty((heads, tokens, width), dtype=torch.bfloat16, device="meta")
+    k = torch.empty((key_heads, tokens, width), dtype=torch.bfloat16, device="meta")
+    out, lse = _attend(q, k, k, blocks, 1.0)
+    _attend_backward(out, q, k, k, out, lse, blocks, 1.0)

@@ -235,3 +235,11 @@ def _backward_cuda(packed: PackedGroup, grads: list[torch.Tensor], x: torch.Tens
         for grad, linear in zip(grads, group.linears, strict=True):
             dx.addmm_(grad, linear.weight)
     return dx
+
+
+def launch_group(packed: PackedGroup, stream: Stream) -> None:
+    """Launches what a group's forward and backward launch over a stream, on tensors without memory (precompile.py)."""
+    packed.stream = stream
+    x = torch.empty((stream.ids.shape[1], packed.group.inputs), dtype=torch.bfloat16, device="meta")
+    ys, s = _forward_cuda(packed, x, stream.rank)
+    _backward_cuda(packed, ys, x, s)

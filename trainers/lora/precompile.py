@@ -1,0 +1,204 @@
+"""Compiles the GPU kernels of a model's layers ahead of their first launch, many at a time, into Triton's disk cache.
+
+Triton compiles a kernel when it is first launched, in the thread that waits for it: about thirty kernels of a second
+each for a model, one after the other, and some more whenever a stream has a length that was not seen before. Here
+processes of their own go through the same launches on tensors without memory, each for a share of the layers, while
+the base model is being loaded. No GPU is touched: a compiler needs to know the target alone.
+
+    python -m trainers.lora.precompile MODEL JSON    {"launches": [Launches, ...], "share": [this process, of so many]}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from trainers import processes
+from trainers.lora.bank import RANK_STEP, Group, Layout, padded
+from trainers.lora.stream import BLOCK, TILE, WIDE, Stream
+
+_NAME = "sweep_shapes"
+_MOST = 8  # processes; each imports torch and transformers first
+_WARP = 32
+
+
+@dataclass(frozen=True)
+class Launches:
+    """What will be launched: streams of these `lengths` (tokens) over `slots` slots of at most `rank`.
+
+    `target` is what Triton compiles for: ("cuda", 90) for compute capability 9.0.
+    """
+
+    slots: int
+    rank: int
+    lengths: list[int]
+    longest: int  # tokens of the longest example
+    dropout: bool
+    target: tuple[str, int]
+
+
+def begin(model: str, launches: list[Launches]) -> list[subprocess.Popen[bytes]]:
+    """Starts compiling in the background; what the processes say goes to stderr. They end with their parent."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = max(1, min(_MOST, cores - 1))
+    # A child of the worker would take the watchdog's pid for its own parent's, and end itself.
+    environment = {**os.environ, processes.WATCHDOG_PID: str(os.getpid())}
+    started = []
+    for share in range(count):
+        request = json.dumps({"launches": [asdict(wanted) for wanted in launches], "share": [share, count]})
+        command = [sys.executable, "-m", "trainers.lora.precompile", model, request]
+        started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, env=environment))
+    return started
+
+
+def expected(slots: int | None, tokens: int | None, max_rank: int, longest: int, dropout: bool) -> list[Launches]:
+    """What a worker on this machine's GPU launches; where a probe has yet to find slots and tokens, its streams too."""
+    from trainers.lora import probe
+    from trainers.lora.gpu import SHORTEST, length_of
+
+    target = ("cuda", 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1])
+    found = []
+    if slots is None or tokens is None:
+        doubling = [probe.SHORTEST << n for n in range((probe.LONGEST // probe.SHORTEST).bit_length())]
+        found.append(Launches(1, RANK_STEP, doubling, longest, False, target))
+        slots, tokens = probe.MOST_SLOTS, probe.LONGEST
+    lengths = sorted({length_of(size, tokens) for size in range(SHORTEST, tokens + 1, TILE)}, reverse=True)
+    return [*found, Launches(slots, max_rank, lengths, longest, dropout, target)]
+
+
+def join(started: list[subprocess.Popen[bytes]]) -> None:
+    """Waits until they are through. One that failed costs time alone: what it left out is compiled when needed."""
+    for process in started:
+        process.wait()
+
+
+def compile_only(target: tuple[str, int]) -> list[str]:
+    """From here on, launches in this process compile for the target and run nothing; returns a list of their names.
+
+    Triton asks its active driver for target, device and stream, and a launch that only warms up needs no more of it.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Absent:
+        def get_current_target(self) -> Any:
+            return GPUTarget(*target, _WARP)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    names: list[str] = []
+    launch = JITFunction.run
+
+    def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        names.append(self.__name__)
+        return launch(self, *args, grid=grid, warmup=True, **kwargs)
+
+    driver.set_active(Absent())
+    JITFunction.run = warm_up
+    return names
+
+
+def meta_groups(model: str) -> tuple[list[Group], list[tuple[int, int, int]]]:
+    """The groups of a model's linears, and its attention's (heads, key heads, width of a head) as the layers call it.
+
+    The model is built without memory, so what its layers read and hand on has shapes and no content.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from trainers.lora.models import find_groups
+    from trainers.models import Base, head_of, load_config, resolve, skeleton
+
+    config = load_config(resolve(model))
+    shapes: list[tuple[int, int, int]] = []
+
+    def attend(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> Any:
+        shapes.append((q.shape[1], k.shape[1], q.shape[-1]))
+        return q.transpose(1, 2).contiguous(), None
+
+    ALL_ATTENTION_FUNCTIONS.register(_NAME, attend)
+    built = skeleton(config).to(torch.bfloat16)
+    for part in {id(c): c for m in built.modules() if (c := getattr(m, "config", None)) is not None}.values():
+        part._attn_implementation = _NAME
+    base: Any = Base(model, built, None, built.get_decoder(), head_of(built), torch.device("meta"))
+    groups = find_groups(base)
+    Layout(groups)  # gives each its place in a slot's buffer
+    return groups, sorted(set(shapes))
+
+
+def meta_stream(launches: Launches, length: int) -> Stream:
+    """A stream of that length as the kernels see it; nothing in it has content."""
+    spare = launches.slots + 1
+
+    def table(rows: int, columns: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty((rows, columns), dtype=dtype, device="meta")
+
+    ids = table(1, length)
+    return Stream(
+        rank=1 << (padded(launches.rank) - 1).bit_length(),
+        tokens=length,
+        ids=ids,
+        positions=ids,
+        lengths=ids[0],
+        longest=launches.longest,
+        dropout=launches.dropout,
+        tiles=table(length // TILE + spare, 3),
+        wide=table(length // WIDE + spare, 3),
+        blocks=table(3 * (length // BLOCK + spare), 3),
+        bounds=table(spare, 2),
+        table=table(spare, 6, torch.int64),
+        scales=torch.empty(spare, device="meta"),
+        drops=torch.empty(spare, device="meta"),
+        keys=ids[0],
+    )
+
+
+def compile_share(model: str, launches: list[Launches], share: int, count: int) -> list[str]:
+    """Goes through every `count`-th of the launches from number `share` on; returns the names of all kernels launched.
+
+    A launch is a group's forward and backward in a stream of one length, or attention's. Equal ones are left out.
+    """
+    from trainers.lora import attention_kernels
+    from trainers.lora.linear import PackedGroup, launch_group
+
+    groups, attentions = meta_groups(model)
+    # Layers repeat: what a group launches depends on its shape, and on where it lies in a slot's buffer only by whether
+    # that is a multiple of 16, which sizes of real models are.
+    shapes = {(g.kind, g.inputs, tuple(g.outputs), g.linears[0].bias is None): g for g in reversed(groups)}
+    units = [*shapes.values(), *attentions]
+    # Streams of one length after those of another: kernels that both need are compiled by whoever comes first.
+    work = [(wanted, length, unit) for wanted in launches for length in wanted.lengths for unit in units]
+    names = compile_only(launches[0].target)
+    for wanted, length, unit in work[share::count]:
+        stream = meta_stream(wanted, length)
+        if isinstance(unit, Group):
+            launch_group(PackedGroup(unit), stream)
+        else:
+            assert stream.blocks is not None
+            attention_kernels.launch(*unit, length, stream.blocks)
+    return names
+
+
+def main(arguments: list[str]) -> int:
+    """Compiles one share; returns the exit code."""
+    processes.die_with_parent()
+    torch.set_num_threads(1)
+    model, text = arguments
+    request = json.loads(text)
+    launches = [Launches(**{**values, "target": tuple(values["target"])}) for values in request["launches"]]
+    compile_share(model, launches, *request["share"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
