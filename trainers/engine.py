@@ -100,5 +100,11 @@ class Engine(Protocol):
         Written under a temporary name, fsynced, renamed. Raises OSError; then nothing is left of it.
         """
 
+    def snapshot(self, trial: int) -> Callable[[Path], None] | None:
+        """Takes down what `checkpoint` would write now; what is returned writes it, from any thread.
+
+        None where that is not worth it: an engine of one slot has nobody to train meanwhile.
+        """
+
     def drop(self, trial: int) -> None:
         """Frees the trial's slot. The base model is as it was."""

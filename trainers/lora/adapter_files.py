@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,41 @@ def named(slot: Slot, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
     return parts
 
 
-def write_adapter(folder: Path, slot: Slot, base: Base) -> None:
+@dataclass(frozen=True)
+class Buffers:
+    """A slot's weights and AdamW's moments (none before the first step), taken down on the host."""
+
+    weights: torch.Tensor
+    moments: dict[str, torch.Tensor]
+    arrived: torch.cuda.Event | None  # when the copies are there
+
+    @classmethod
+    def of(cls, slot: Slot) -> Buffers:
+        """Copies what the slot holds now. A GPU makes the copies when its turn is; nothing waits for it here."""
+        state = slot.optimizer.state.get(slot.weights, {})
+        weights = _copy(slot.weights.detach())
+        moments = {moment: _copy(state[moment]) for moment in MOMENTS if moment in state}
+        arrived = None
+        if slot.weights.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return cls(weights, moments, arrived)
+
+    def wait(self) -> None:
+        """Waits until the copies are there."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    # A copy that the host does not wait for lands in pinned memory.
+    return tensor.to("cpu", non_blocking=True, copy=True)
+
+
+def write_adapter(folder: Path, slot: Slot, base: Base, buffers: Buffers) -> None:
     """Writes the two files of a PEFT adapter. PEFT's own saving asks the hub about embeddings and adds a model card."""
-    save_tensors(folder / ADAPTER, named(slot, slot.weights.detach().cpu()))
+    buffers.wait()
+    save_tensors(folder / ADAPTER, named(slot, buffers.weights))
     assert slot.config.targets is not None
     config = lora_config(slot.config, target_modules(base.model, slot.config.targets))
     config.inference_mode = True
@@ -51,14 +84,13 @@ def write_adapter(folder: Path, slot: Slot, base: Base) -> None:
     config.save_pretrained(str(folder))
 
 
-def write_optimizer(folder: Path, slot: Slot) -> None:
+def write_optimizer(folder: Path, slot: Slot, buffers: Buffers) -> None:
     """Writes AdamW's moments under the parameters' names; none before the first step."""
-    state = slot.optimizer.state.get(slot.weights, {})
+    buffers.wait()
     tensors = {
         f"{name}.{moment}": part
-        for moment in MOMENTS
-        if moment in state
-        for name, part in named(slot, state[moment].cpu()).items()
+        for moment, buffer in buffers.moments.items()
+        for name, part in named(slot, buffer).items()
     }
     save_tensors(folder / OPTIMIZER, tensors)
 

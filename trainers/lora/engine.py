@@ -370,15 +370,26 @@ class LoraEngine:
 
         A batch that is under way is not in it: a restored trial begins that step again.
         """
-        live = self._of(trial)
+        self._take_down(self._of(trial))(folder)
+
+    def snapshot(self, trial: int) -> Callable[[Path], None] | None:
+        """What writes the trial as it is now, from any thread, while others train on. None: there are no others."""
+        return self._take_down(self._of(trial)) if self.slots > 1 else None
+
+    def _take_down(self, live: Live) -> Callable[[Path], None]:
         state = State(live.config, live.step, live.tokens, self.train.rows)
-        if holds(folder, state):
-            # A trial that repeats a stretch after a crash arrives at checkpoints that are there already.
-            return
-        with write_folder(folder) as temporary:
-            adapter_files.write_adapter(temporary, live.slot, self.base)
-            adapter_files.write_optimizer(temporary, live.slot)
-            write_state(temporary, state)
+        buffers = adapter_files.Buffers.of(live.slot)
+
+        def write(folder: Path) -> None:
+            if holds(folder, state):
+                # A trial that repeats a stretch after a crash arrives at checkpoints that are there already.
+                return
+            with write_folder(folder) as temporary:
+                adapter_files.write_adapter(temporary, live.slot, self.base, buffers)
+                adapter_files.write_optimizer(temporary, live.slot, buffers)
+                write_state(temporary, state)
+
+        return write
 
     def drop(self, trial: int) -> None:
         """Frees the slot. The base model is as it was, to the bit."""
