@@ -16,6 +16,7 @@ from peft import PeftModel
 from tiny import WORDS, curve, lora_trial, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from trainers import metrics
 from trainers.data import prepare
 from trainers.engine import TrialFailed
 from trainers.examiner import DataExaminer
@@ -126,7 +127,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def test_exact_match_is_that_of_plain_generation(make: Make) -> None:
-    """Metric, standard error and scores by test example equal a plain loop's; text is compared without its spaces."""
+    """Metric, standard error and scores by test example equal a plain loop's."""
     bench = make("exact_match", retention=str(Path.cwd() / "general.jsonl"))
     model = bench.trained(20)
     judgement = bench.examiner.evaluate(bench.engine, 1, None)
@@ -148,6 +149,12 @@ def test_exact_match_is_that_of_plain_generation(make: Make) -> None:
     assert scores["retention"].tokens == (load_split(bench.root / "data", "retention").lengths - 1).tolist()
     most = statistics.mode(row["completion"] for row in bench.rows("train"))
     assert bench.examiner.majority() == {"test": statistics.fmean(row["completion"] == most for row in rows)}
+
+
+def test_exact_match_leaves_out_spaces_around_alone() -> None:
+    """What stands around either text does not count; what stands in it does."""
+    assert metrics.exact_match("", "dog\n", " dog") == metrics.exact_match("", " a  dog", "a  dog ") == 1.0
+    assert metrics.exact_match("", "a dog", "a  dog") == metrics.exact_match("", "Dog", "dog") == 0.0
 
 
 def test_accuracy_and_its_loss_are_those_of_the_choices_one_by_one(make: Make) -> None:
