@@ -38,8 +38,15 @@ def look(spec: Spec, folder: Path) -> dict[str, Any]:
     Raises UnusableError, DiskError. A replayed model (`replay:FILE`) brings its facts with it.
     """
     found = _replayed(spec) if spec.model.startswith("replay:") else _checked(spec, folder)
-    found["plan"] = dataclasses.asdict(lengths(spec.search, found["data"]["splits"]))
+    found["plan"] = dataclasses.asdict(lengths(spec.search, _evaluated(found["data"])))
     return found
+
+
+def _evaluated(data: dict[str, Any]) -> dict[str, Any]:
+    """The splits as evaluations run them: where choices are scored, every one of them goes after every prompt."""
+    splits: dict[str, Any] = data["splits"]
+    scored = data.get("objective", {}).get("validation_tokens")
+    return splits | {"validation": splits["validation"] | {"tokens": scored}} if scored else splits
 
 
 def _checked(spec: Spec, folder: Path) -> dict[str, Any]:
@@ -48,11 +55,14 @@ def _checked(spec: Spec, folder: Path) -> dict[str, Any]:
         "train": spec.data.train,
         "validation": spec.data.validation,
         "test": spec.data.test,
+        "retention": spec.data.retention,
         "max_tokens": spec.data.max_tokens,
         "seed": spec.seed,
         "out_folder": str(folder / "data"),
         "methods": list(spec.search.method),
         "targets": list(spec.search.targets),
+        "metric": spec.objective.metric,
+        "choices": spec.objective.choices,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,6 +96,12 @@ def _replayed(spec: Spec) -> dict[str, Any]:
         "train": {"rows": rows, "tokens": round(rows * tokens)},
         "validation": {"rows": validation, "tokens": recorded["validation_tokens"]},
     }
+    # As in trainers/replay.py.
+    row_tokens = recorded["validation_tokens"] / validation
+    test_rows, kept_rows = recorded.get("test_rows", 64), recorded.get("retention_rows", 0)
+    splits["test"] = {"rows": test_rows, "tokens": recorded.get("test_tokens") or round(test_rows * row_tokens)}
+    if kept_rows:
+        splits["retention"] = {"rows": kept_rows, "tokens": round(kept_rows * row_tokens)}
     facts = {"parameters": recorded["parameters"], "device": "replay", "cores": os.cpu_count() or 1, "seconds": 0.0}
     return facts | {"data": {"splits": splits}}
 

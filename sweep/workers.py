@@ -284,6 +284,10 @@ class Workers:
             stop_command=spec.machine.stop_command,
             slots=None if spec.machine.slots == "auto" else spec.machine.slots,
             max_rank=max(spec.search.rank),
+            methods=list(spec.search.method),
+            metric=spec.objective.metric,
+            choices=None if spec.objective.choices is None else list(spec.objective.choices),
+            max_new_tokens=spec.objective.max_new_tokens,
         )
 
     def _rest(self, connection: Connection, worker: WorkerRow) -> list[str]:

@@ -1,11 +1,12 @@
 """Looks at model and data before anything is paid: `python -m trainers.check REQUEST.json`.
 
 The request is an object with `model`, `train`, `validation`, `test` (a share, a file or data set; `test` may be null),
-`max_tokens`, `seed`, `out_folder`, `methods` (lora, full) and `targets` (attention, mlp, all-linear). The answer is one
-line of JSON on stdout, and nothing else is written there:
+`max_tokens`, `seed`, `out_folder`, `methods` (lora, full) and `targets` (attention, mlp, all-linear); it may have
+`retention` (a file or data set), `metric` (validation_loss, exact_match, accuracy, module:function) and `choices` (of
+accuracy). The answer is one line of JSON on stdout, and nothing else is written there:
 
     {"ok": true, "parameters": ..., "data": {...}, ...}                               exit code 0
-    {"ok": false, "kind": "model" | "data", "message": "...", "hint": "..."}          exit code 7
+    {"ok": false, "kind": "model" | "data" | "objective", "message": "...", "hint": "..."}      exit code 7
     {"ok": false, "kind": "disk", "message": "...", "hint": "..."}                    exit code 8
 
 No weights are loaded: the model is built on torch's meta device, and of its weights files the headers are opened.
@@ -53,10 +54,11 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     """Checks the model, prepares the data into `out_folder` and returns the answer without `ok` and `seconds`.
 
     `linear_shapes` is a list of [inputs, outputs, how many]; `trained_parameters_per_rank` is, by kind of targets, how
-    many parameters a LoRA adapter has for each unit of rank. Raises ModelError, DataError and OSError.
+    many parameters a LoRA adapter has for each unit of rank. Raises ModelError, DataError, MetricError and OSError.
     """
     from trainers import models
     from trainers.data import prepare
+    from trainers.metrics import LOSS
 
     folder = models.resolve(request["model"])
     config = models.load_config(folder)
@@ -78,6 +80,9 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
         seed=request["seed"],
         folder=Path(request["out_folder"]),
         model=request["model"],
+        retention=request.get("retention"),
+        metric=request.get("metric", LOSS),
+        choices=request.get("choices"),
     )
     return {
         "parameters": model.num_parameters(),
@@ -93,6 +98,7 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    from trainers.metrics import MetricError
     from trainers.models import ModelError
     from trainers.rows import DISK_ERRORS
     from trainers.splits import DataError
@@ -104,6 +110,8 @@ def _answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         return BAD_INPUT, _refusal("model", str(error), "model: in the spec names a folder or a hub id")
     except DataError as error:
         return BAD_INPUT, _refusal("data", str(error), "data: in the spec names the files and the shares set apart")
+    except MetricError as error:
+        return BAD_INPUT, _refusal("objective", str(error), "objective: in the spec names the metric")
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

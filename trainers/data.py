@@ -1,10 +1,16 @@
-"""Prepares data: rows become token files (trainers/splits.py), split once for the whole study."""
+"""Prepares data: rows become token files (trainers/splits.py), split once for the whole study.
+
+Where the study's metric is not validation_loss, the texts that it is taken of are written too (trainers/metrics.py).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +19,39 @@ import safetensors.numpy
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from trainers import metrics
+from trainers.metrics import Answered, Objective
 from trainers.rows import Row, Source, read
 from trainers.splits import SPLIT, DataError, Example, Split, permutation
 
 SPLITS = ("train", "validation", "test")
+RETENTION = "retention"  # a split of its own, where it is asked for
+_SHOWN = 60  # characters of a text in an error
+
+
+@dataclass(frozen=True)
+class _Kept(Example):
+    """An example with the row that it is of."""
+
+    source: Source
+    row: Row
+
+    @property
+    def where(self) -> str:
+        """Names the row."""
+        return f"{self.source.name}, row {self.row.number}"
+
+    @property
+    def completion(self) -> str:
+        """What a metric compares with: the completion, or what the assistant said last."""
+        values = self.row.values
+        if "messages" not in values:
+            return str(values["completion"])
+        return str(values["messages"][_last_turn(values["messages"])]["content"])
+
+
+def _last_turn(messages: list[dict[str, Any]]) -> int:
+    return max(turn for turn, message in enumerate(messages) if message["role"] == "assistant")
 
 
 class _Encoder:
@@ -71,23 +106,45 @@ class _Encoder:
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._render(messages[:turn], where, prompt=True)
-            after = self._render(messages[: turn + 1], where)
-            if after[: len(before)] != before or ids[: len(after)] != after:
-                raise DataError(
-                    f"{where}: the chat template rewrites earlier turns, so assistant turns cannot be found; "
-                    "give the row as prompt and completion"
-                )
-            end = len(after)
-            # What a template puts behind the end token (ChatML: a newline) is never generated, so it is not trained.
-            if self.eos in after[len(before) :]:
-                end -= after[::-1].index(self.eos)
-            mask[len(before) : end] = [1] * (end - len(before))
+            before, said, after = self._turn(messages, turn, where)
+            if ids[: len(after)] != after:
+                raise _rewritten(where)
+            mask[len(before) : len(before) + len(said)] = [1] * len(said)
         mask[0] = 0
         return ids, mask
 
+    def _turn(self, messages: list[dict[str, Any]], turn: int, where: str) -> tuple[list[int], list[int], list[int]]:
+        """What stands before an assistant turn, what of it is trained, and the conversation up to its end."""
+        before = self._render(messages[:turn], where, prompt=True)
+        after = self._render(messages[: turn + 1], where)
+        if after[: len(before)] != before:
+            raise _rewritten(where)
+        said = after[len(before) :]
+        # What a template puts behind the end token (ChatML: a newline) is never generated, so it is not trained.
+        if self.eos in said:
+            said = said[: len(said) - said[::-1].index(self.eos)]
+        return before, said, after
 
-def _flatten(examples: list[Example]) -> Split:
+    def answer(self, kept: _Kept, completion: str) -> tuple[list[int], list[int]]:
+        """Ids of a row's prompt, and of this completion after it with its end token, as they would be trained."""
+        values = kept.row.values
+        if "messages" not in values:
+            prompt, said = self._tokens([values["prompt"], completion])
+            return self.start + prompt, [*said, self.eos]
+        turn = _last_turn(values["messages"])
+        messages = [*values["messages"][:turn], {**values["messages"][turn], "content": completion}]
+        before, said, _ = self._turn(messages, turn, kept.where)
+        return before, said
+
+
+def _rewritten(where: str) -> DataError:
+    return DataError(
+        f"{where}: the chat template rewrites earlier turns, so assistant turns cannot be found; "
+        "give the row as prompt and completion"
+    )
+
+
+def _flatten(examples: Sequence[Example]) -> Split:
     lengths = [len(e.ids) for e in examples]
     empty: list[Any] = [np.zeros(0)]
     return Split(
@@ -132,8 +189,8 @@ class _Preparation:
         self.seen: set[str] = set()
         self.sources: dict[str, dict[str, Any]] = {}
 
-    def examples(self, name: str, source: str) -> list[Example]:
-        """Reads, de-duplicates and tokenises one source."""
+    def examples(self, name: str, source: str) -> list[_Kept]:
+        """Reads, de-duplicates and tokenises one source. That of retention is de-duplicated on its own."""
         read_source = read(source, self.folder)
         self.sources[name] = {
             "name": read_source.name,
@@ -143,16 +200,20 @@ class _Preparation:
             "rows": len(read_source.rows),
         }
         fresh = []
+        seen = set() if name == RETENTION else self.seen
         for row in read_source.rows:
-            if row.key not in self.seen:
-                self.seen.add(row.key)
+            if row.key not in seen:
+                seen.add(row.key)
                 fresh.append(row)
         self.dropped["duplicates"] += len(read_source.rows) - len(fresh)
         kept = []
-        for ids, mask in self.encoder.encode(read_source, fresh):
+        for row, (ids, mask) in zip(fresh, self.encoder.encode(read_source, fresh), strict=True):
             self.truncated += len(ids) > self.max_tokens
-            example = Example(
-                np.asarray(ids[: self.max_tokens], dtype=np.int32), np.asarray(mask[: self.max_tokens], dtype=np.uint8)
+            example = _Kept(
+                np.asarray(ids[: self.max_tokens], dtype=np.int32),
+                np.asarray(mask[: self.max_tokens], dtype=np.uint8),
+                read_source,
+                row,
             )
             if example.mask.any():
                 kept.append(example)
@@ -166,7 +227,7 @@ class _Preparation:
         shuffled = permutation(len(kept), self.seed, 0, SPLIT)
         return [kept[i] for i in shuffled]
 
-    def take(self, pool: list[Example], share: float, total: int, name: str) -> list[Example]:
+    def take(self, pool: list[_Kept], share: float, total: int, name: str) -> list[_Kept]:
         """Takes a share of `total` rows off the end of the pool: at least one."""
         count = max(1, round(share * total))
         if count >= len(pool):
@@ -179,6 +240,75 @@ class _Preparation:
         return taken
 
 
+class _Answers:
+    """What a metric is taken of: texts of the validation and test rows, and the choices where there are some."""
+
+    def __init__(self, encoder: _Encoder, metric: str, parts: dict[str, list[_Kept]]) -> None:
+        self.encoder = encoder
+        self.metric = metric
+        self.parts = parts
+
+    def check(self) -> None:
+        """Raises DataError where a row has nothing to answer, or no completion to compare with."""
+        for kept in (kept for name in SPLITS for kept in self.parts[name]):
+            if kept.source.format == "text":
+                raise DataError(
+                    f"{kept.source.name}: has rows of text, which have no completion to compare with; metric "
+                    f"{self.metric} needs prompt and completion, or messages"
+                )
+            if kept.row.values.get("prompt") == "" and not self.encoder.start:
+                raise DataError(f"{kept.where}: prompt is empty; metric {self.metric} needs one: fill it in")
+
+    def objective(self, choices: Sequence[str] | None) -> tuple[Objective, dict[str, list[Answered]]]:
+        """The objective, and the texts by split. Raises DataError, and MetricError where a function does not work."""
+        self.check()
+        counts = Counter(kept.completion for kept in self.parts["train"])
+        majority = min(counts, key=lambda text: (-counts[text], text))
+        chosen = self._choices(choices, sorted(counts)) if self.metric == metrics.ACCURACY else []
+        first = self.parts["validation"][0]
+        ids = [self.encoder.answer(first, choice)[1] for choice in chosen]
+        known = dict(zip(chosen, ids, strict=True))
+        texts = {name: [self._answered(kept, known) for kept in self.parts[name]] for name in ("validation", "test")}
+        folder = str(Path.cwd())
+        if self.metric != metrics.ACCURACY:
+            row = texts["validation"][0]
+            metrics.apply(self.metric, metrics.find(self.metric, folder), [row], [row.completion])
+        rows, each = len(texts["validation"]), sum(len(choice) for choice in ids)
+        tokens = sum(len(row.ids) for row in texts["validation"]) * len(ids) + rows * each
+        return Objective(self.metric, folder, majority, chosen, ids, tokens), texts
+
+    def _choices(self, named: Sequence[str] | None, found: list[str]) -> list[str]:
+        most = metrics.MAX_CHOICES
+        if named is None:
+            if not 2 <= len(found) <= most:
+                raise DataError(
+                    f"{self.parts['train'][0].source.name}: different completions in its rows: {len(found)}; metric "
+                    f"accuracy chooses among 2 to {most}: name them as objective.choices, or use exact_match"
+                )
+            return found
+        if len(set(named)) != len(named) or len(named) > most:
+            raise DataError(f"objective.choices: {len(named)} are named; name 2 to {most} different ones")
+        return list(named)
+
+    def _answered(self, kept: _Kept, known: dict[str, list[int]]) -> Answered:
+        completion = kept.completion
+        if known and completion not in known:
+            listed = ", ".join(repr(choice[:_SHOWN]) for choice in list(known)[:8])
+            raise DataError(
+                f"{kept.where}: completion {completion[:_SHOWN]!r} is none of the choices ({listed}"
+                f"{', ...' if len(known) > 8 else ''}): add it to objective.choices, or correct the row"
+            )
+        ids, said = self.encoder.answer(kept, completion)
+        if known and known[completion] != said:
+            raise DataError(
+                f"{kept.where}: the chat template writes {completion[:_SHOWN]!r} in another way than in other rows; "
+                "give the rows as prompt and completion"
+            )
+        values = kept.row.values
+        prompt = values["prompt"] if "prompt" in values else str(self.encoder.tokenizer.decode(ids))
+        return Answered(prompt, completion, ids)
+
+
 def prepare(
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -189,27 +319,32 @@ def prepare(
     seed: int,
     folder: Path,
     model: str,
+    retention: str | None = None,
+    metric: str = metrics.LOSS,
+    choices: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Tokenises and splits the data into `folder` and returns the content of its data.json.
 
     `validation` and `test` are shares of the training file (0 to 1) or sources of their own; `test` may be None. Rows
     of the test source are dropped from validation and training, and those of validation from training, as duplicates.
-    Raises DataError, and OSError where writing fails (then the file being written is not left behind).
+    `retention` is a source of its own, all of whose rows form a split. `choices` are of the metric accuracy; None: the
+    distinct completions of the training rows. Raises DataError; MetricError for a metric of the user's own that does
+    not work; and OSError where writing fails (then the file being written is not left behind).
     """
     for name, share in (("validation", validation), ("test", test)):
         if isinstance(share, int | float) and not 0 < share < 1:
             raise DataError(f"{name}: {share:g} is no share; give a number between 0 and 1, or a file")
     folder.mkdir(parents=True, exist_ok=True)
     run = _Preparation(tokenizer, max_tokens, seed, folder)
-    parts: dict[str, list[Example]] = {"test": []}
-    for name, source in (("test", test), ("validation", validation), ("train", train)):
+    parts: dict[str, list[_Kept]] = {"test": []}
+    for name, source in (("test", test), ("validation", validation), ("train", train), (RETENTION, retention)):
         if isinstance(source, str):
             parts[name] = run.examples(name, source)
     total = len(parts["train"])
     for name, share in (("test", test), ("validation", validation)):
         if isinstance(share, float):
             parts[name] = run.take(parts["train"], share, total, name)
-    splits = {name: _flatten(parts[name]) for name in SPLITS}
+    splits = {name: _flatten(parts[name]) for name in (*SPLITS, RETENTION) if name in parts}
     summary = {
         "tokenizer": model,
         "max_tokens": max_tokens,
@@ -219,8 +354,15 @@ def prepare(
         "truncated": run.truncated,
         "sources": run.sources,
     }
+    texts: dict[str, list[Answered]] = {}
+    if metric != metrics.LOSS:
+        objective, texts = _Answers(run.encoder, metric, parts).objective(choices)
+        summary["objective"] = dataclasses.asdict(objective)
     for name, split in splits.items():
         tensors = {"ids": split.ids, "offsets": split.offsets, "mask": split.mask}
         _write(folder / f"{name}.safetensors", safetensors.numpy.save(tensors))
+    for name, rows in texts.items():
+        lines = "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
+        _write(folder / metrics.texts_file(name), lines.encode())
     _write(folder / "data.json", json.dumps(summary, indent=1).encode())
     return summary

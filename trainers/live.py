@@ -20,6 +20,7 @@ class LiveTrial:
     folder: Path
     at: Position
     until_tokens: int | None
+    examine: bool = False  # at its end
     standing: bool = False  # evaluated, until it is told what next
     saved: str | None = None  # the newest checkpoint
     saved_step: int = -1

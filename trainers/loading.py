@@ -1,4 +1,4 @@
-"""Finds the engines of a job: over a model, or over recorded curves. Torch is imported only for a model."""
+"""Finds a job's engines and examiner: over a model, or over recorded curves. Torch is imported only for a model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from trainers.engine import Engine
+from trainers.judging import Examiner
 from trainers.messages import WorkerJob
 
 RemoveOlder = Callable[[Path, int], None]
@@ -32,12 +33,14 @@ class LoadedEngines(Protocol):
         """Of its linear layers, for predictions of memory."""
 
 
-def load(job: WorkerJob) -> tuple[LoadedEngines, RemoveOlder]:
-    """Returns the job's engines, and what removes their older checkpoints. Raises what loading raises."""
+def load(job: WorkerJob) -> tuple[LoadedEngines, Examiner, RemoveOlder]:
+    """Returns the job's engines, their examiner, and what removes older checkpoints. Raises what loading raises."""
     if job.model.startswith("replay:"):
         from trainers import replay
 
-        return replay.load_engines(job), replay.remove_older
+        return replay.load_engines(job), replay.ReplayExaminer(job), replay.remove_older
     from trainers import checkpoints, models
+    from trainers.examiner import DataExaminer
 
-    return models.load_engines(job), checkpoints.remove_older
+    examiner = DataExaminer(job)
+    return models.load_engines(job), examiner, checkpoints.remove_older

@@ -14,27 +14,41 @@ The first curve whose `match` fits the configuration counts: a value must be equ
 `floor + curvature * log10(learning_rate / best_learning_rate)^2`, approached from `base_loss` as exp(-tokens / scale);
 above `diverges_above` the trial fails at its first step. Losses are nats a token. `seed_spread` is the largest relative
 difference between two seeds. Sleeps are real time; without them a trial trains as fast as the worker can loop.
+
+For examinations there may be `test_rows` (64) with `test_tokens` in all (as many a row as validation has),
+`retention_rows` (0), `row_spread` (0) and `forgetting` (0). Over all rows the loss is the curve's; a row's is off by
+a share of its own, fixed by trial seed and row, less than `row_spread`. On the retention rows the base model has
+`base_loss`, and a trial `forgetting` more for each nat that it is below it elsewhere. Where the study has a metric, a
+row's is 1 with probability exp(-loss), fixed by seed and row too, else 0; `majority` (0) is its baseline.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainers import processes
+import numpy as np
+from numpy.typing import NDArray
+
+from trainers import metrics, processes
 from trainers.engine import Engine, Evaluation, Position, TrialFailed
-from trainers.messages import TrialConfig, WorkerJob
+from trainers.judging import Examination, Judgement, Measured
+from trainers.messages import Scores, TrialConfig, WorkerJob
+from trainers.splits import Split
 
 PREFIX = "replay:"
+RIGHT, WRONG = 1, 0  # tokens that a replayed model generates
+_PLACES = {"validation": 0, "test": 1, "retention": 2}  # the token id that a split's rows consist of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +103,12 @@ class Script:
     sleep_seconds_per_token: float = 0.0
     sleep_seconds_per_checkpoint: float = 0.0
     seed_spread: float = 0.0
+    test_rows: int = 64
+    test_tokens: int | None = None
+    retention_rows: int = 0
+    row_spread: float = 0.0
+    forgetting: float = 0.0
+    majority: float = 0.0
     linear_shapes: list[list[int]] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     default: Curve | None = None
@@ -101,6 +121,20 @@ class Script:
         if self.default is None:
             raise TrialFailed(config.number, "error", "the replay file has no curve for this configuration")
         return self.default
+
+    def split(self, name: str) -> Split | None:
+        """Rows of a split, of as good as equal numbers of tokens; None where there are none."""
+        each = self.validation_tokens / self.validation_rows
+        rows, tokens = {
+            "validation": (self.validation_rows, self.validation_tokens),
+            "test": (self.test_rows, self.test_tokens or round(self.test_rows * each)),
+            "retention": (self.retention_rows, round(self.retention_rows * each)),
+        }[name]
+        if not rows:
+            return None
+        tokens = max(rows, tokens)
+        offsets = np.arange(rows + 1, dtype=np.int64) * tokens // rows
+        return Split(np.full(tokens, _PLACES[name], dtype=np.int32), offsets, np.ones(tokens, dtype=np.uint8))
 
 
 def read_script(path: Path) -> Script:
@@ -188,6 +222,24 @@ class ReplayEngine:
             rung_nll=loss * tokens, rung_tokens=tokens, nll=loss * tokens, completion_tokens=tokens, input_tokens=tokens
         )
 
+    def score(self, trial: int | None, split: Split, rows: Sequence[int]) -> NDArray[np.float64]:
+        """See Engine. `split` is one of the script's."""
+        place = int(split.ids[0])
+        loss = self._script.base_loss if trial is None else self._loss(self._trials[trial])
+        if place == _PLACES["retention"]:
+            loss = self._script.base_loss + self._script.forgetting * max(0.0, self._script.base_loss - loss)
+        shares = np.array([_draw(self._seed(trial), place, row) for row in range(split.rows)])
+        # Less their mean over tokens, so that the loss over all rows is the curve's.
+        shares -= (shares * split.lengths).sum() / split.lengths.sum()
+        nll: NDArray[np.float64] = split.lengths * loss * (1 + self._script.row_spread * shares)
+        return nll[list(rows)]
+
+    def generate(self, trial: int | None, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int) -> list[list[int]]:
+        """See Engine. A prompt is the place of a split and a row of it; what is generated is RIGHT or WRONG."""
+        loss = self._script.base_loss if trial is None else self._loss(self._trials[trial])
+        draws = [_draw(self._seed(trial), "answer", *prompt.tolist()) for prompt in prompts]
+        return [[RIGHT if draw < math.exp(-loss) else WRONG] for draw in draws]
+
     def checkpoint(self, trial: int, folder: Path) -> None:
         """See Engine."""
         slot = self._trials[trial]
@@ -228,9 +280,58 @@ class ReplayEngine:
     def _loss(self, slot: _Slot) -> float:
         tokens = self.position(slot.config.number).tokens
         loss = slot.curve.loss(slot.config.learning_rate, tokens, self._script.base_loss)
-        # A hash, not random.Random: the same seed must give the same curve in every Python.
-        draw = int.from_bytes(hashlib.sha256(f"{slot.config.seed}".encode()).digest()[:8]) / 2**64 - 0.5
-        return loss * (1 + self._script.seed_spread * draw)
+        return loss * (1 + self._script.seed_spread * (_draw(slot.config.seed) - 0.5))
+
+    def _seed(self, trial: int | None) -> str:
+        return "base" if trial is None else str(self._trials[trial].config.seed)
+
+
+@functools.cache
+def _draw(*key: int | str) -> float:
+    """A number in [0, 1) for a key. A hash, not random.Random: it must be the same in every Python."""
+    return int.from_bytes(hashlib.sha256(":".join(map(str, key)).encode()).digest()[:8]) / 2**64
+
+
+class ReplayExaminer:
+    """Implements `trainers.judging.Examiner` on a script: there is no prepared data."""
+
+    def __init__(self, job: WorkerJob) -> None:
+        self._metric = job.metric != metrics.LOSS
+        self._script = read_script(Path(job.model.removeprefix(PREFIX)))
+
+    def evaluate(self, engine: Engine, trial: int | None, rows: int | None) -> Judgement:
+        """See Examiner."""
+        found = engine.evaluate(trial, rows)
+        rung_loss = found.rung_nll / found.rung_tokens
+        return Judgement(rung_loss, found.nll / found.completion_tokens, found.input_tokens)
+
+    def measure(self, engine: Engine, trial: int, judgement: Judgement) -> Measured:
+        """See Examiner."""
+        if not self._metric:
+            return Measured()
+        values = self._values(engine, trial, "validation")
+        return Measured(*metrics.mean_and_error(values), judgement.input_tokens)
+
+    def examine(self, engine: Engine, trial: int | None) -> Examination:
+        """See Examiner."""
+        scores, tokens = {}, 0
+        for name in ("test", "retention"):
+            if (split := self._script.split(name)) is not None:
+                nll = engine.score(trial, split, range(split.rows)).tolist()
+                metric = self._values(engine, trial, name) if self._metric and name == "test" else None
+                scores[name] = Scores(nll=nll, tokens=split.lengths.tolist(), metric=metric)
+                tokens += len(split.ids)
+        return Examination(scores, tokens)
+
+    def majority(self) -> dict[str, float]:
+        """See Examiner."""
+        return {"test": self._script.majority} if self._metric else {}
+
+    def _values(self, engine: Engine, trial: int | None, name: str) -> list[float]:
+        split = self._script.split(name)
+        rows = 0 if split is None else split.rows
+        prompts = [np.array([_PLACES[name], row], dtype=np.int32) for row in range(rows)]
+        return [float(ids == [RIGHT]) for ids in engine.generate(trial, prompts, 1)]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
     folder of prepared data
       train.safetensors       ids int32 [tokens], offsets int64 [rows + 1], mask uint8 [tokens]
       validation.safetensors  the same, shuffled: the first k rows are a fair subset
-      test.safetensors        the same; a worker never opens it
+      test.safetensors        the same; a worker opens it when it is told to examine, and not before
+      retention.safetensors   the same, where data.retention is asked for: all of its rows
       data.json               counts, and the sources with their sha256
 
 `mask` is 1 where a token is a target of the loss. Labels are masked by position and never by pad id, since many

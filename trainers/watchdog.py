@@ -41,7 +41,7 @@ from trainers.messages import (
 LINGER_S = 10.0  # how long a watchdog without a worker waits for a Release
 STOP_COMMAND_S = 120.0
 _PENDING_BYTES_MAX = 1 << 20  # commands that the worker has not read yet
-_LINE_BYTES_MAX = 1 << 20
+_LINE_BYTES_MAX = 1 << 23  # scores by example take about 20 bytes each
 _BALLAST_BYTES = 1 << 18
 _READ_BYTES = 1 << 16
 _GONE_LOOK_S = 0.01

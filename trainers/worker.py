@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainers import processes
-from trainers.engine import Engine, Evaluation, TrialFailed
+from trainers.engine import Engine, TrialFailed
 from trainers.inbox import Inbox
+from trainers.judging import Judge
 from trainers.live import LiveTrial
 from trainers.loading import LoadedEngines, RemoveOlder, load
 from trainers.messages import (
     Admit,
     Admitted,
     BaseEvaluated,
+    BaseExamined,
     Checkpointed,
     Continue,
     Drop,
@@ -36,6 +38,7 @@ from trainers.messages import (
     EvaluateBase,
     Evaluated,
     Event,
+    ExamineBase,
     Failed,
     FailureCode,
     MessageError,
@@ -83,14 +86,14 @@ class Worker:
         self._method: Method | None = None
         self._loaded: LoadedEngines
         self._remove_older: RemoveOlder
-        self._base: Evaluation | None = None
+        self._judge: Judge
+        self._examine_base = False  # it was asked for
         self._stop = False
         self._terminated = False
         self._trained_ns = 0  # metered time in which anything trained
         self._stretch: Stretch | None = None  # the present one
         self._progress_mark_ns = 0
         self._save_ms_max = _FIRST_GUESS_MS
-        self._evaluate_ms: dict[bool, int] = {}  # the longest by `final`
         self._step_ns = 0
         self._step_mark_ns = 0
 
@@ -110,7 +113,8 @@ class Worker:
             return 1
 
     def _load(self) -> None:
-        self._loaded, self._remove_older = load(self._job)
+        self._loaded, examiner, self._remove_older = load(self._job)
+        self._judge = Judge(examiner, self._meter, self._job.rung_rows)
         self._meter.work("load", self._any_method(), 0)
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_terminated", True))
         self._emit(
@@ -128,8 +132,10 @@ class Worker:
             if reason := self._reason_to_end():
                 return reason
             ready = [trial for trial in self._trials.values() if not trial.standing and trial.arrived()]
-            if ready and not self._out_of_time(evaluating=True):
-                self._judge(ready[0])
+            if self._examine_base and not self._out_of_time(evaluating=True):
+                self._examine_the_base()
+            elif ready and not self._out_of_time(evaluating=True):
+                self._conclude(ready[0])
             elif not self._out_of_time() and any(not (t.standing or t.arrived()) for t in self._trials.values()):
                 self._train()
             else:
@@ -155,7 +161,7 @@ class Worker:
             return not evaluating and now_ms >= self._work_ms
         last_ms = self._last_ms() - self._steps_ahead() * self._step_ns / _NS_PER_MS
         if evaluating:
-            last_ms -= max(self._evaluate_ms.values(), default=_FIRST_GUESS_MS) * _SAFETY
+            last_ms -= self._judge.longest_ms(_FIRST_GUESS_MS) * _SAFETY
         return now_ms >= (last_ms if evaluating else min(last_ms, self._work_ms))
 
     def _steps_ahead(self) -> int:
@@ -199,7 +205,10 @@ class Worker:
                 case Stop():
                     self._stop = True
                 case EvaluateBase():
-                    self._evaluate_base()
+                    method = self._method or self._any_method()
+                    self._emit(BaseEvaluated, **self._judge.base(self._loaded.engines[method], method))
+                case ExamineBase():
+                    self._examine_base = True
                 case Admit():
                     self._admit(command)
                 case Continue():
@@ -214,24 +223,6 @@ class Worker:
                     trial = self._trials[command.trial]
                     self._release(trial)
                     self._emit(Dropped, **trial.place())
-
-    def _evaluate_base(self) -> None:
-        evaluate_ms = 0
-        if self._base is None:
-            method: Method = self._method or self._any_method()
-            started_ns = self._meter.now_ns()
-            with self._meter.on("load"):
-                self._base = self._loaded.engines[method].evaluate(None, None)
-                self._meter.work("evaluate", method, self._base.input_tokens)
-            evaluate_ms = self._since_ms(started_ns)
-        base = self._base
-        self._emit(
-            BaseEvaluated,
-            loss=base.nll / base.completion_tokens,
-            rung_loss=base.rung_nll / base.rung_tokens,
-            tokens=base.input_tokens,
-            evaluate_ms=evaluate_ms,
-        )
 
     def _refusal(self, command: Admit) -> str | None:
         method = command.config.method
@@ -267,7 +258,9 @@ class Worker:
         except TrialFailed as error:
             self._emit(Failed, **nowhere, code=error.code, message=str(error))
             return
-        trial = LiveTrial(config, command.attempt, folder, at, command.until_tokens, shown_step=at.step)
+        trial = LiveTrial(
+            config, command.attempt, folder, at, command.until_tokens, command.examine, shown_step=at.step
+        )
         trial.saved, trial.saved_step = command.resume, at.step if resume else -1
         trial.saved_mark_ns = self._trained_ns
         self._trials[config.number] = trial
@@ -352,40 +345,28 @@ class Worker:
             if not trial.standing and not trial.arrived() and trial.at.step > trial.shown_step:
                 self._emit(Progress, **trial.place(), train_loss=self._take_loss(trial))
 
-    def _judge(self, trial: LiveTrial) -> None:
-        """Evaluates and checkpoints a trial that arrived, and leaves it standing."""
-        final = trial.at.done
-        # Nobody knows yet how long such an evaluation takes: if it is killed at the paid time, nothing else is lost.
-        checkpoint_ms = 0 if final in self._evaluate_ms else self._save_between(trial)
-        started_ns = self._meter.now_ns()
+    # --- judging ----------------------------------------------------------------------------------------------------
+
+    def _conclude(self, trial: LiveTrial) -> None:
+        """Judges and checkpoints a trial that arrived, and leaves it standing."""
+        # Nobody knows yet how long such a judgement takes: if it is killed at the paid time, nothing else is lost.
+        checkpoint_ms = 0 if self._judge.known(trial) else self._save_between(trial)
         try:
-            with self._meter.on(trial.centre):
-                result = self._engine().evaluate(trial.number, None if final else self._job.rung_rows)
-                self._meter.work("evaluate", trial.config.method, result.input_tokens)
-            loss = result.rung_nll / result.rung_tokens
-            if not math.isfinite(loss):
-                self._engine().drop(trial.number)
-                raise TrialFailed(trial.number, "diverged", f"the validation loss is {loss}")
+            judged = self._judge.trial(self._engine(), trial)
         except TrialFailed as error:
             self._fail(trial, error.code, str(error))
             return
-        evaluate_ms = self._since_ms(started_ns)
-        self._evaluate_ms[final] = max(self._evaluate_ms.get(final, 0), evaluate_ms)
         checkpoint_ms += self._save(trial)
         self._take_loss(trial)
         trial.standing = True
         self._emit(
             Evaluated,
             **trial.place(),
-            loss=loss,
-            full_loss=result.nll / result.completion_tokens if final else None,
-            final=final,
+            **judged,
             checkpoint=trial.saved,
             train_loss=trial.train_loss,
             train_tokens=trial.train_tokens,
             train_ms=trial.train_ns // _NS_PER_MS,
-            evaluate_tokens=result.input_tokens,
-            evaluate_ms=evaluate_ms,
             checkpoint_ms=checkpoint_ms,
             peak_bytes=_take_peak_bytes(),
             width=trial.width,
@@ -393,6 +374,14 @@ class Worker:
         )
         trial.begin_again()
         self._remove_older(trial.folder, _KEEP_CHECKPOINTS)
+
+    def _examine_the_base(self) -> None:
+        """Scores the base model. It takes as long as it takes: if it is killed at the paid time, no trial is lost."""
+        self._examine_base = False
+        for trial in self._trials.values():
+            self._save_between(trial)
+        method = self._method or self._any_method()
+        self._emit(BaseExamined, **self._judge.base_scores(self._loaded.engines[method], method))
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 

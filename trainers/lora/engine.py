@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from trainers.checkpoints import CheckpointError, State, holds, read_state, write_folder, write_state
 from trainers.engine import Evaluation, Position, TrialFailed
+from trainers.generation import greedy
 from trainers.lora import adapter_files, packing
+from trainers.lora.adapted import adapted
 from trainers.lora.bank import Layout, Slot
 from trainers.lora.head import score
 from trainers.lora.health import Health
@@ -32,9 +36,10 @@ from trainers.lora.stream import Part
 from trainers.loss import compare_with_own
 from trainers.messages import FailureCode, TrialConfig
 from trainers.models import Base, ModelError, one_line
-from trainers.splits import Split, batches
+from trainers.splits import Split, batches, cut
 from trainers.training import DROPOUT, MICRO_TOKENS, Run, derive_seed, evaluation, is_out_of_memory, rate
 
+T = TypeVar("T")
 _REPORTS_AHEAD = 2  # steps whose figures may still be on their way from the GPU
 
 
@@ -330,17 +335,39 @@ class LoraEngine:
         Raises TrialFailed (the slot is free then) where a trial's loss is not finite or memory runs out.
         """
         count = self.validation.rows if rows is None else min(rows, self.validation.rows)
-        live = None if trial is None else self._of(trial)
+        return self._judge(trial, "evaluation", lambda live: self._evaluate(live, count), lambda found: found.nll)
+
+    def score(self, trial: int | None, split: Split, rows: Sequence[int]) -> NDArray[np.float64]:
+        """Negative log-likelihood (nats) of each row's completion, float64 [rows], with the trial's weights.
+
+        None is the base model. Raises TrialFailed as `evaluate` does.
+        """
+        return self._judge(trial, "scoring", lambda live: self._score(live, split, rows), lambda found: found.sum())
+
+    def generate(self, trial: int | None, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy continuations of prompts (token ids), each up to the end-of-sequence token, which is left out.
+
+        By the model as transformers has it, with the trial's adapter added behind its linear layers. Raises TrialFailed
+        as `evaluate` does.
+        """
+
+        def run(live: Live | None) -> list[list[int]]:
+            with adapted(live.slot) if live is not None else nullcontext():
+                return greedy(self.base.model, self.base.tokenizer, prompts, max_new_tokens, self.micro_tokens)
+
+        return self._judge(trial, "generation", run, lambda _: 0.0)
+
+    def _judge(self, trial: int | None, what: str, run: Callable[[Live | None], T], loss: Callable[[T], float]) -> T:
+        """Runs what judges a trial or the base model. Raises TrialFailed, which frees the slot."""
         failure: tuple[FailureCode, str] | None = None
         try:
-            with self._at_work():
-                result = self._evaluate(live, count)
+            result = run(None if trial is None else self._of(trial))
         except RuntimeError as error:
             if trial is None or not is_out_of_memory(error):
                 raise
-            failure = ("out_of_memory", f"evaluation: {str(error).splitlines()[0]}")
-        if failure is None and trial is not None and not math.isfinite(result.nll):
-            failure = ("diverged", f"evaluation: loss {result.nll:g}")
+            failure = ("out_of_memory", f"{what}: {str(error).splitlines()[0]}")
+        if failure is None and trial is not None and not math.isfinite(loss(result)):
+            failure = ("diverged", f"{what}: loss {loss(result):g}")
         if failure is not None and trial is not None:
             self._runner.recover()
             self.drop(trial)
@@ -349,12 +376,26 @@ class LoraEngine:
 
     @torch.no_grad()
     def _evaluate(self, live: Live | None, count: int) -> Evaluation:
-        index, slot = (self.slots, None) if live is None else (live.index, live.slot)
-
         def nll(part: list[int]) -> torch.Tensor:
-            return self._nll(self.validation, Part(index, slot, part, part, 0, 1.0))
+            return self._nll(self.validation, self._part(live, part))
 
-        return evaluation(self.validation, self.rung_rows, count, self.micro_tokens, nll)
+        with self._at_work():
+            return evaluation(self.validation, self.rung_rows, count, self.micro_tokens, nll)
+
+    @torch.no_grad()
+    def _score(self, live: Live | None, split: Split, rows: Sequence[int]) -> NDArray[np.float64]:
+        if not len(rows):
+            return np.zeros(0)
+        self._runner.reach(int(split.lengths[list(rows)].max()))
+        with self._at_work():
+            sums = [
+                self._each_nll(split, self._part(live, part)) for part in cut(rows, split.lengths, self.micro_tokens)
+            ]
+        return torch.cat(sums).cpu().numpy()
+
+    def _part(self, live: Live | None, rows: list[int]) -> Part:
+        index, slot = (self.slots, None) if live is None else (live.index, live.slot)
+        return Part(index, slot, rows, rows, 0, 1.0)
 
     def _nll(self, split: Split, part: Part) -> torch.Tensor:
         """The loss of one part (fp64 scalar), without dropout."""
@@ -362,6 +403,18 @@ class LoraEngine:
         stream.dropout = False
         hidden = self._runner.forward(stream, training=False)
         return score(hidden, self.base.head.weight, targets, self.slots + 1, False)[0][part.index]
+
+    def _each_nll(self, split: Split, part: Part) -> torch.Tensor:
+        """The loss of each row of one part (fp64 [rows]), without dropout."""
+        stream, targets = self._runner.load(split, [part])
+        stream.dropout = False
+        hidden = self._runner.forward(stream, training=False)
+        # To the head every row is a slot of its own; what pads the targets counts as one more.
+        count = len(part.rows)
+        scored = torch.tensor([int(split[row].mask.sum()) for row in part.rows])
+        owners = torch.full_like(targets.owners, count)
+        owners[: int(scored.sum())] = torch.repeat_interleave(torch.arange(count), scored).to(owners.device)
+        return score(hidden, self.base.head.weight, replace(targets, owners=owners), count + 1, False)[0][:count]
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 

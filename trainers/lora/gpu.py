@@ -127,6 +127,12 @@ class GpuRunner:
             self._rank = 1 << (padded(slot.rank) - 1).bit_length()
             self._frames.clear()
 
+    def reach(self, longest: int) -> None:
+        """Makes sure that examples of so many tokens can be run: others than those of training may be longer."""
+        if longest > self._longest:
+            self._longest = -(-longest // 128) * 128
+            self._frames.clear()
+
     def load(self, split: Split, parts: Sequence[Part]) -> tuple[Stream, Targets]:
         """Lays the parts out on the device, in the frame of their shape."""
         laid = lay(split, parts, self._slots)

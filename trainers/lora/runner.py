@@ -26,6 +26,9 @@ class Runner(Protocol):
     def seat(self, index: int, slot: Slot | None) -> None:
         """Puts a trial's buffers in a slot, or frees it."""
 
+    def reach(self, longest: int) -> None:
+        """Makes sure that examples of so many tokens can be run."""
+
     def load(self, split: Split, parts: Sequence[Part]) -> tuple[Stream, Targets]:
         """Lays the parts out on the device."""
 
@@ -60,6 +63,9 @@ class CpuRunner:
 
     def seat(self, index: int, slot: Slot | None) -> None:
         """Nothing: a stream's spans name their slots."""
+
+    def reach(self, longest: int) -> None:
+        """Nothing: a stream has room for whatever is in it."""
 
     def load(self, split: Split, parts: Sequence[Part]) -> tuple[Stream, Targets]:
         """Lays the parts out."""
