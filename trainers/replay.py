@@ -242,14 +242,21 @@ class ReplayEngine:
 
     def checkpoint(self, trial: int, folder: Path) -> None:
         """See Engine."""
-        slot = self._trials[trial]
+        self._write(self._trials[trial].config, self.position(trial), folder)
+
+    def snapshot(self, trial: int) -> Callable[[Path], None] | None:
+        """See Engine."""
+        config, position = self._trials[trial].config, self.position(trial)
+        return (lambda folder: self._write(config, position, folder)) if self.slots > 1 else None
+
+    def _write(self, config: TrialConfig, position: Position, folder: Path) -> None:
         temporary = folder.with_name(f".tmp-{folder.name}")
         for stale in (temporary, folder):  # of a life that ended unheard; this one repeats its steps
             if stale.exists():
                 shutil.rmtree(stale)
         temporary.mkdir(parents=True)
         try:
-            state = {"config": dataclasses.asdict(slot.config), **dataclasses.asdict(self.position(trial))}
+            state = {"config": dataclasses.asdict(config), **dataclasses.asdict(position)}
             processes.write_atomically(temporary / "state.json", json.dumps(state))
             time.sleep(self._script.sleep_seconds_per_checkpoint)
             temporary.rename(folder)

@@ -325,6 +325,11 @@ class SlotEngine(ABC):
             save_optimizer(temporary, live.optimizer, live.parameters)
             write_state(temporary, state)
 
+    def snapshot(self, trial: int) -> Callable[[Path], None] | None:
+        """None: nobody else trains while its only trial is written."""
+        self._of(trial)
+        return None
+
     def drop(self, trial: int) -> None:
         """Frees the slot. The base model is as it was, to the bit."""
         self._of(trial)

@@ -8,7 +8,6 @@ stderr. Trials come and go in the engine's slots while the others train on. One 
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import shutil
@@ -54,22 +53,19 @@ from trainers.messages import (
     parse_command,
 )
 from trainers.meter import Meter, open_meter
+from trainers.saving import DiskFull, Saver
 from trainers.stretch import Stretch
 
 EXIT_DISK = 8
-_DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 _KEEP_CHECKPOINTS = 2
 _PROGRESS_NS = 1_000_000_000  # between two reports of progress: of up to four trials, longer of more
 _LONGEST_PROGRESS = 5  # times as long at most; each trial's report is an event that somebody must read
 _NS_PER_MS = 1_000_000
 _LOOK_S = 0.1  # a signal does not wake a select, and suspend stops it, so waits are cut to this
+_SAVING_S = 0.005  # the same while a checkpoint is being written that somebody waits for
 _FIRST_GUESS_MS = 500  # of a checkpoint or an evaluation, before one was measured
 _STEP_DECAY = 0.9  # one slow step (a compilation) must not count as the usual one for ever
 _SAFETY = 1.5  # times the longest measured
-
-
-class _DiskFull(Exception):
-    """A checkpoint does not fit on the disk; the trial it was of has failed."""
 
 
 class Worker:
@@ -93,7 +89,8 @@ class Worker:
         self._trained_ns = 0  # metered time in which anything trained
         self._stretch: Stretch | None = None  # the present one
         self._progress_mark_ns = 0
-        self._save_ms_max = _FIRST_GUESS_MS
+        # On a file's meter nothing may vary, so nothing is written beside training.
+        self._saver = Saver(meter, self._trials, _FIRST_GUESS_MS, background=job.timings is None)
         self._step_ns = 0
         self._step_mark_ns = 0
 
@@ -103,7 +100,8 @@ class Worker:
             self._load()
             reason = self._loop()
             return self._end(reason)
-        except _DiskFull as error:
+        except DiskFull as error:
+            self._fail(error.trial, "disk", str(error))
             self._emit(Ended, reason="disk", message=str(error))
             return EXIT_DISK
         except Exception as error:
@@ -128,6 +126,7 @@ class Worker:
 
     def _loop(self) -> Literal["stop", "paid_time"]:
         while True:
+            self._saver.collect()
             self._obey()
             if reason := self._reason_to_end():
                 return reason
@@ -138,6 +137,9 @@ class Worker:
                 self._conclude(ready[0])
             elif not self._out_of_time() and any(not (t.standing or t.arrived()) for t in self._trials.values()):
                 self._train()
+            elif self._saver.busy:
+                with self._meter.on("checkpoint"):
+                    self._inbox.waiting(_SAVING_S)
             else:
                 self._inbox.waiting(_LOOK_S)
 
@@ -171,8 +173,10 @@ class Worker:
     def _last_ms(self) -> float:
         """When the checkpoints must begin, to be done before the watchdog's SIGTERM."""
         unsaved = sum(trial.saved_step != trial.at.step or not trial.standing for trial in self._trials.values())
+        # A trial whose last write is still under way must wait for that one first.
+        rounds = math.ceil(unsaved / self._saver.at_once(self._engine())) + self._saver.busy if unsaved else 0
         leaving_ms = self._job.grace_ms + processes.dying_ms([os.getpid()])
-        return self._paid_ms - leaving_ms - unsaved * self._save_ms_max * _SAFETY
+        return self._paid_ms - leaving_ms - rounds * self._saver.longest_ms * _SAFETY
 
     def _reason_to_end(self) -> Literal["stop", "paid_time"] | None:
         if self._stop:
@@ -215,7 +219,8 @@ class Worker:
                     self._go_on(command)
                 case Pause() if command.trial in self._trials:
                     trial = self._trials[command.trial]
-                    self._save(trial)
+                    self._save(trial, lambda *_: None)
+                    self._saver.collect(trial.number, wait=True)
                     self._release(trial)
                     self._emit(Paused, **trial.place(), checkpoint=trial.saved)
                     self._remove_older(trial.folder, _KEEP_CHECKPOINTS)
@@ -245,6 +250,7 @@ class Worker:
         if refusal := self._refusal(command):
             self._emit(Failed, **nowhere, code="error", message=refusal)
             return
+        self._saver.collect(config.number, wait=True)  # of its last stay here, which it was dropped from
         resume = Path(command.resume) if command.resume is not None else None
         folder = Path(command.folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -318,6 +324,7 @@ class Worker:
             or trained_ns - self._progress_mark_ns >= self._progress_ns()
             or self._out_of_time()
             or any(self._checkpoint_due(trial) for trial in self._trials.values())
+            or self._saver.waiting
             or self._inbox.waiting()
         )
 
@@ -329,7 +336,8 @@ class Worker:
 
     def _checkpoint_due(self, trial: LiveTrial) -> bool:
         unsaved_ns = self._trained_so_far_ns() - trial.saved_mark_ns
-        return not trial.standing and not trial.arrived() and unsaved_ns >= self._checkpoint_ms * _NS_PER_MS
+        due = unsaved_ns >= self._checkpoint_ms * _NS_PER_MS and not self._saver.of(trial.number)
+        return due and not trial.standing and not trial.arrived()
 
     def _take_loss(self, trial: LiveTrial) -> float:
         """Returns the mean training loss since the last call, and adds it to the trial's."""
@@ -350,30 +358,37 @@ class Worker:
     def _conclude(self, trial: LiveTrial) -> None:
         """Judges and checkpoints a trial that arrived, and leaves it standing."""
         # Nobody knows yet how long such a judgement takes: if it is killed at the paid time, nothing else is lost.
-        checkpoint_ms = 0 if self._judge.known(trial) else self._save_between(trial)
+        if not self._judge.known(trial):
+            self._save_between(trial)
+            self._saver.collect(trial.number, wait=True)
         try:
             judged = self._judge.trial(self._engine(), trial)
         except TrialFailed as error:
             self._fail(trial, error.code, str(error))
             return
-        checkpoint_ms += self._save(trial)
         self._take_loss(trial)
         trial.standing = True
-        self._emit(
-            Evaluated,
-            **trial.place(),
-            **judged,
-            checkpoint=trial.saved,
-            train_loss=trial.train_loss,
-            train_tokens=trial.train_tokens,
-            train_ms=trial.train_ns // _NS_PER_MS,
-            checkpoint_ms=checkpoint_ms,
-            peak_bytes=_take_peak_bytes(),
-            width=trial.width,
-            occupancy=self._occupancy(),
-        )
-        trial.begin_again()
-        self._remove_older(trial.folder, _KEEP_CHECKPOINTS)
+        peak_bytes = _take_peak_bytes()
+
+        def say(checkpoint_ms: int, write_ms: int) -> None:
+            self._emit(
+                Evaluated,
+                **trial.place(),
+                **judged,
+                checkpoint=trial.saved,
+                train_loss=trial.train_loss,
+                train_tokens=trial.train_tokens,
+                train_ms=trial.train_ns // _NS_PER_MS,
+                checkpoint_ms=checkpoint_ms,
+                write_ms=write_ms,
+                peak_bytes=peak_bytes,
+                width=trial.width,
+                occupancy=self._occupancy(),
+            )
+            trial.begin_again()
+            self._remove_older(trial.folder, _KEEP_CHECKPOINTS)
+
+        self._save(trial, say)
 
     def _examine_the_base(self) -> None:
         """Scores the base model. It takes as long as it takes: if it is killed at the paid time, no trial is lost."""
@@ -385,35 +400,22 @@ class Worker:
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 
-    def _save(self, trial: LiveTrial) -> int:
-        """Checkpoints the trial unless its last checkpoint is current; returns the milliseconds. Raises _DiskFull."""
-        trial.saved_mark_ns = self._trained_ns
+    def _save_between(self, trial: LiveTrial) -> None:
+        """Checkpoints a trial and says so, unless that is current. Raises DiskFull."""
+        self._saver.collect(trial.number, wait=True)
         if trial.saved_step == trial.at.step:
-            return 0
-        path = trial.folder / f"ckpt-{trial.at.step:06d}"
-        started_ns = self._meter.now_ns()
-        with self._meter.on("checkpoint"):
-            try:
-                self._engine().checkpoint(trial.number, path)
-            except OSError as error:
-                if error.errno not in _DISK_FULL:
-                    raise
-                self._fail(trial, "disk", f"cannot write {path}: {error.strerror}")
-                raise _DiskFull(f"cannot write {path}: {error.strerror}") from error
-            self._meter.work("checkpoint", trial.config.method, 0)
-        trial.saved, trial.saved_step = str(path), trial.at.step
-        checkpoint_ms = self._since_ms(started_ns)
-        self._save_ms_max = max(self._save_ms_max, checkpoint_ms)
-        return checkpoint_ms
+            return
+        place = trial.place()
 
-    def _save_between(self, trial: LiveTrial) -> int:
-        """Checkpoints a trial and says so, unless that is current; returns the milliseconds. Raises _DiskFull."""
-        if trial.saved_step == trial.at.step:
-            return 0
-        checkpoint_ms = self._save(trial)
-        self._emit(Checkpointed, **trial.place(), checkpoint=trial.saved, checkpoint_ms=checkpoint_ms)
-        self._remove_older(trial.folder, _KEEP_CHECKPOINTS)
-        return checkpoint_ms
+        def say(checkpoint_ms: int, write_ms: int) -> None:
+            self._emit(Checkpointed, **place, checkpoint=trial.saved, checkpoint_ms=checkpoint_ms)
+            self._remove_older(trial.folder, _KEEP_CHECKPOINTS)
+
+        self._save(trial, say)
+
+    def _save(self, trial: LiveTrial, then: Callable[[int, int], None]) -> None:
+        trial.saved_mark_ns = self._trained_ns
+        self._saver.save(self._engine(), trial, then)
 
     def _release(self, trial: LiveTrial) -> None:
         self._engine().drop(trial.number)
@@ -427,6 +429,7 @@ class Worker:
     def _end(self, reason: Literal["stop", "paid_time"]) -> int:
         for trial in list(self._trials.values()):
             self._save_between(trial)
+        self._saver.collect(wait=True)
         self._emit(Ended, reason=reason, occupancy=self._occupancy())
         return 0
 
