@@ -85,6 +85,20 @@ def test_slow_checkpoints_start_early(make_bench: Callable[..., Bench]) -> None:
     assert (record.exit_code, record.why) == (0, "exit") and record.ms < 4500
 
 
+def test_a_write_keeps_nobody_from_training(make_bench: Callable[..., Bench]) -> None:
+    """While a trial's checkpoint is being written its neighbour trains on; only then is the trial said to be judged."""
+    bench = make_bench(sleep_seconds_per_checkpoint=1.0, **SLOW)
+    bench.start()
+    bench.admit(0, until=100)
+    bench.admit(1, examples=100_000)
+    first = bench.wait_event("evaluated")
+    bench.launcher.send(bench.folder, Continue(fence=1, trial=0, until_tokens=200))
+    second = bench.wait_event("evaluated", 2)
+    assert second.write_ms >= 1000 and Path(second.checkpoint, "state.json").exists()
+    waited = {c: ms - first.usage.get(c, 0) for c, ms in second.usage.items()}
+    assert waited["trial:1"] > 800 > waited.get("checkpoint", 0) and second.checkpoint_ms < 500
+
+
 def test_due_checkpoints(make_bench: Callable[..., Bench]) -> None:
     """A live trial is checkpointed every checkpoint_ms of training; only the newest two stay."""
     bench = make_bench(**SLOW)
