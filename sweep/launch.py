@@ -85,6 +85,7 @@ def _replayed(spec: Spec) -> dict[str, Any]:
     splits = {
         "train": {"rows": rows, "tokens": round(rows * tokens)},
         "validation": {"rows": validation, "tokens": recorded["validation_tokens"]},
+        "test": {"rows": validation, "tokens": recorded["validation_tokens"]},
     }
     facts = {"parameters": recorded["parameters"], "device": "replay", "cores": os.cpu_count() or 1, "seconds": 0.0}
     return facts | {"data": {"splits": splits}}

@@ -31,6 +31,7 @@ class LiveTrial:
     loss_sum: float = 0.0
     loss_steps: int = 0
     shown_step: int = 0  # of the last Progress
+    examine: bool = False  # at its end
 
     @property
     def number(self) -> int:

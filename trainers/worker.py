@@ -28,6 +28,7 @@ from trainers.messages import (
     Admit,
     Admitted,
     BaseEvaluated,
+    BaseExamined,
     Checkpointed,
     Continue,
     Drop,
@@ -36,6 +37,7 @@ from trainers.messages import (
     EvaluateBase,
     Evaluated,
     Event,
+    ExamineBase,
     Failed,
     FailureCode,
     MessageError,
@@ -44,6 +46,7 @@ from trainers.messages import (
     Paused,
     Progress,
     Ready,
+    Scores,
     Slice,
     Stop,
     WorkerJob,
@@ -200,6 +203,10 @@ class Worker:
                     self._stop = True
                 case EvaluateBase():
                     self._evaluate_base()
+                case ExamineBase():
+                    with self._meter.on("load"):
+                        scores, examine_ms = self._examine(None, self._method or self._any_method())
+                    self._emit(BaseExamined, scores=scores, examine_ms=examine_ms)
                 case Admit():
                     self._admit(command)
                 case Continue():
@@ -268,6 +275,7 @@ class Worker:
             self._emit(Failed, **nowhere, code=error.code, message=str(error))
             return
         trial = LiveTrial(config, command.attempt, folder, at, command.until_tokens, shown_step=at.step)
+        trial.examine = command.examine
         trial.saved, trial.saved_step = command.resume, at.step if resume else -1
         trial.saved_mark_ns = self._trained_ns
         self._trials[config.number] = trial
@@ -371,6 +379,9 @@ class Worker:
             return
         evaluate_ms = self._since_ms(started_ns)
         self._evaluate_ms[final] = max(self._evaluate_ms.get(final, 0), evaluate_ms)
+        with self._meter.on(trial.centre):
+            examines = final and trial.examine
+            scores, examine_ms = self._examine(trial.number, trial.config.method) if examines else ({}, 0)
         checkpoint_ms += self._save(trial)
         self._take_loss(trial)
         trial.standing = True
@@ -390,9 +401,21 @@ class Worker:
             peak_bytes=_take_peak_bytes(),
             width=trial.width,
             occupancy=self._occupancy(),
+            scores=scores,
+            examine_ms=examine_ms,
         )
         trial.begin_again()
         self._remove_older(trial.folder, _KEEP_CHECKPOINTS)
+
+    def _examine(self, trial: int | None, method: Method) -> tuple[dict[str, Scores], int]:
+        """Scores by split of an engine that has them, and the milliseconds."""
+        scores = getattr(self._loaded.engines[method], "scores", None)
+        if scores is None:
+            return {}, 0
+        started_ns = self._meter.now_ns()
+        found: dict[str, Scores] = scores(trial)
+        self._meter.work("evaluate", method, sum(sum(s.tokens) for s in found.values()))
+        return found, self._since_ms(started_ns)
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 
