@@ -171,11 +171,12 @@ def _out(candidate: Candidate, candidates: Iterable[Candidate], runs: Runs, seed
 
 
 def _ranked(candidates: Sequence[Candidate], runs: Runs) -> list[Candidate]:
-    """Those with two finished runs, the best first: by the mean over the seeds that all of them have.
+    """Those with two runs and none that failed, the best first: by the mean over the seeds that all of them have.
 
     The first two by all seeds that they have in common, as one more seed may have been given to them alone.
     """
-    measured = {c: values for c in candidates if len(values := _measured(c, runs)) > 1}
+    measured = {c: _measured(c, runs) for c in candidates}
+    measured = {c: found for c, found in measured.items() if len(found) > 1 and all(map(math.isfinite, found.values()))}
     if not measured:
         return []
     shared = set.intersection(*(set(values) for values in measured.values()))
@@ -205,7 +206,10 @@ def _further(racing: Sequence[Candidate], runs: Runs, seeds: int) -> list[tuple[
 
 
 def winner(candidates: Sequence[Candidate], runs: Runs, seeds: int) -> Candidate | None:
-    """The best confirmed configuration of any method, by the mean over common seeds; None without two seeds of one."""
+    """The best confirmed configuration of any method, by the mean over common seeds.
+
+    Two seeds are the least, and one that failed under any seed is not confirmed; None where no other is there.
+    """
     left = [c for c in candidates if not _out(c, candidates, runs, seeds)]
     return next(iter(_ranked(left, runs)), None)
 
