@@ -162,12 +162,17 @@ def clearly_behind(mine: Mapping[int, float], others: Mapping[int, float]) -> bo
 
 
 def _out(candidate: Candidate, candidates: Iterable[Candidate], runs: Runs, seeds: int) -> bool:
-    """Whether it left the race: clearly behind another of its method. Who stands for a rank has its seeds first."""
+    """Whether it left the race: a run of it failed, or it is clearly behind another of its method that is left.
+
+    One that stands for its rank has all its seeds before it can fall behind.
+    """
     mine = _measured(candidate, runs)
-    if not mine or (candidate.representative and len(mine) < seeds):
+    if not all(map(math.isfinite, mine.values())):
+        return True
+    if candidate.representative and len(mine) < seeds:
         return False
-    others = [c for c in candidates if c.method == candidate.method and c.number != candidate.number]
-    return any(clearly_behind(mine, _measured(other, runs)) for other in others)
+    others = [_measured(c, runs) for c in candidates if c.method == candidate.method and c != candidate]
+    return any(clearly_behind(mine, other) for other in others if all(map(math.isfinite, other.values())))
 
 
 def _ranked(candidates: Sequence[Candidate], runs: Runs) -> list[Candidate]:
