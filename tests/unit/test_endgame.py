@@ -1,18 +1,25 @@
-"""The race of confirmations, as a pure function: who enters, who leaves, who gets further seeds, and what it costs."""
+"""The race of confirmations as a pure function; then what its outcome is, and what its examinations cost."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from sqlalchemy import Connection, select
 
 from budgets.money import parse_usd
-from sweep import records, tables
+from sweep import launch, pricing, records, summary, tables
 from sweep.endgame import Candidate, Run, clearly_behind, confirmation, entered, next_runs, winner
+from sweep.projection import examination, untaught
 from sweep.spec import Spec, validate
+from sweep.store import Store
 from trainers.messages import Method, TrialConfig
 
 LORA = [Candidate(number, "lora", place) for place, number in enumerate((3, 7, 5), 1)]
@@ -193,3 +200,99 @@ def test_the_reserve_is_a_quarter_where_something_is_confirmed() -> None:
     assert reserve({"cap": "$200"}, endgame={"seeds": 0}) == 0
     assert reserve({"cap": "$200", "reserve": "$0"}) == 0
     assert reserve({"cap": "$200", "reserve": "$7"}) == parse_usd("$7")
+
+
+@pytest.fixture
+def connection(tmp_path: Path) -> Iterator[Connection]:
+    """A study that chooses by exact match: three trials at their ends, two of them over three new seeds each."""
+    recording = {"parameters": 10_000_000, "train_rows": 800, "validation_rows": 64, "validation_tokens": 1_300}
+    (tmp_path / "curves.json").write_text(json.dumps(recording | {"tokens_per_example": 20}))
+    values = {"study": "words", "model": f"replay:{tmp_path / 'curves.json'}", "data": {"train": "recorded"}}
+    values |= {"machine": {"price": "$1/hour"}, "budget": {"cap": "$1"}, "objective": "exact_match"}
+    spec = validate(values, "here")
+    store = Store(f"sqlite:///{tmp_path}/studies.db", create=True)
+    facts = launch.look(spec, tmp_path)
+    facts["data"]["splits"]["test"] = {"rows": 64, "tokens": 1_300}
+    launch.create(store, spec, facts, pricing.quote(spec), tmp_path / "words", ("boot", 0))
+    with store.write() as connection:
+        # The one with the lower loss has the lower metric; trial 2 was lucky once.
+        for number, (loss, metric) in enumerate([(2.0, 0.50), (2.5, 0.60), (2.6, 0.62)]):
+            rate = 1e-3 * (number + 1)
+            shape: dict[str, Any] = {"method": "lora", "rank": 8, "alpha": 16.0, "targets": "mlp", "examples": 100}
+            config = TrialConfig(number=number, learning_rate=rate, batch_size=4, seed=0, **shape)
+            add(connection, config, loss, metric)
+            for n in (1, 2, 3) if number else ():
+                value = {1: 0.60, 2: 0.55}[number] + 0.01 * n + 0.001 * number * n
+                run = confirmation(records.newcomer(config), n, 0)
+                add(connection, run, loss, value, source=number)
+                scores(connection, run.number, [loss, loss + 0.1 * n], [1, 1], [value, value])
+        scores(connection, tables.UNTRAINED, [4.0, 6.0], [1, 1], [0.0, 0.1], majority=0.25)
+        yield connection
+    store.dispose()
+
+
+def add(connection: Connection, config: TrialConfig, loss: float, metric: float, **more: Any) -> None:
+    """Adds a trial that came to its end."""
+    records.add_trial(connection, "words", config, 1, **more)
+    end = {"state": "completed", "rung": 4, "loss": loss, "full_loss": loss, "metric": metric, "metric_error": 0.05}
+    records.set_trial(connection, "words", config.number, **end, checkpoint=f"ckpt-of-{config.number}")
+
+
+def scores(
+    connection: Connection, trial: int, nll: list[float], tokens: list[int], metric: list[float], **more: Any
+) -> None:
+    """Stores scores on the test rows."""
+    values = {"nll": json.dumps(nll), "tokens": json.dumps(tokens), "metric": json.dumps(metric)} | more
+    connection.execute(tables.scores.insert().values(study="words", trial=trial, split="test", **values))
+
+
+def test_the_users_metric_chooses(connection: Connection) -> None:
+    """Proves that the winner is the best by the mean metric over seeds, not the lucky one nor the one of least loss,
+    and that means and deviations on the test rows are shown beside the untrained model and the majority."""
+    best = summary.best(connection, "words")
+    assert best["confirmed"] and best["trial"]["number"] == 1 and best["metric"] == "exact_match"
+    test = best["confirmation"]["test"]
+    assert test["metric"]["mean"] == pytest.approx(0.622) and test["metric"]["sd"] == pytest.approx(0.011)
+    assert (test["metric"]["untrained"], test["metric"]["majority"]) == (pytest.approx(0.05), 0.25)
+    assert test["loss"]["mean"] == pytest.approx(2.6) and test["loss"]["untrained"] == 5.0
+    assert best["confirmation"]["export"]["label"] == "1·3", "the run of the highest metric"
+    ranked = [trial["label"] for trial in summary.trials(connection, "words")]
+    assert ranked == ["2", "1", "0", "2·1", "2·2", "2·3", "1·1", "1·2", "1·3"]
+
+
+def test_without_two_seeds_the_best_run_is_shown_as_not_confirmed(connection: Connection) -> None:
+    """Proves what is said where the race came to nothing: the best trial of the search, and that it stands alone."""
+    connection.execute(tables.trial.delete().where(tables.trial.c.source.is_not(None)))
+    best = summary.best(connection, "words")
+    assert not best["confirmed"] and best["confirmation"] is None and best["trial"]["number"] == 2
+
+
+def test_a_study_from_before_confirmation_confirms_nothing(connection: Connection) -> None:
+    """Proves that a stored spec without an endgame keeps its meaning: no seeds, no reserve."""
+    stored = json.loads(connection.execute(select(tables.study.c.spec)).scalar_one())
+    assert stored.pop("endgame")["seeds"] == 3 and stored["budget"]["reserve"] == "$0.25"
+    stored["budget"]["reserve"] = "$0"
+    records.set_study(connection, "words", spec=json.dumps(stored))
+    spec = records.study(connection, "words").spec
+    assert spec.endgame.seeds == 0 and spec.budget.reserve == 0
+
+
+def test_what_is_measured_beyond_the_loss_is_forecast_and_learned(connection: Connection) -> None:
+    """Proves that metric and scores count in a run's forecast and in the tail, and are corrected by measurements."""
+    study = records.study(connection, "words")
+    projector = untaught(study)
+    trial = records.trials(connection, "words")[1]
+    run = records.newcomer(confirmation(trial, 1, 0))
+    every, confirmed = (projector.examined(confirms=confirms).mean for confirms in (False, True))
+    generated = 64 * study.spec.objective.max_new_tokens
+    assert every > projector.evaluation(generated).mean, "a generated token takes longer than an evaluated one"
+    assert confirmed > every and examination(study).scores > examination(study).metric
+    tails = [projector.tail(("lora",), 1, confirms=confirms).high for confirms in (False, True)]
+    assert tails[1] > tails[0] > projector.examined(confirms=False).high
+    ends = [projector.to_end(dataclasses.replace(row, target=4)).mean for row in (records.newcomer(trial.config), run)]
+    assert ends[1] - ends[0] == pytest.approx(confirmed - every, rel=0.05)
+    took = {"train_ms": 1_000, "evaluate_ms": 100, "checkpoint_ms": 10, "examine_ms": round(3_000 * confirmed)}
+    stretch = {"tokens": 2_000, "train_tokens": 2_000, "evaluate_tokens": 1_300, "width": 1.0, "full_loss": 2.0}
+    for _ in range(3):
+        projector.observe_evaluation(run.config, SimpleNamespace(**took, **stretch))
+    assert projector.examined(confirms=True).mean == pytest.approx(3 * confirmed, rel=0.1)
