@@ -126,9 +126,9 @@ class Sweep:
             self._judge()
             self._project()
             self._tell_ended()
-            self._seat()
+            self._seat(filled=False)
             self._fill()
-            self._seat()
+            self._seat(filled=True)
             self._tell_ended()
         return changed
 
@@ -349,10 +349,9 @@ class Sweep:
             self._said = True
         return bool(chosen)
 
-    def _seat(self) -> None:
+    def _seat(self, *, filled: bool) -> None:
         """Gives free slots to those who wait longest and tells the worker, before anything slower is done."""
-        trials = self._everyone()
-        worker = self._worker()
+        trials, worker = self._everyone(), self._worker()
         waiting = sorted((t for t in trials if t.state == "waiting" and t.slot is None), key=lambda t: t.turn)
         if self._stopping or self.interrupted:
             waiting = []
@@ -365,7 +364,7 @@ class Sweep:
                 with self.store.write() as connection:
                     seats.take(connection, self.name, worker, trial)
                 trials = self._everyone()
-        self._instruct()
+        self._instruct(filled)
 
     def _launch(self) -> None:
         try:
@@ -447,19 +446,20 @@ class Sweep:
 
     # Instruct
 
-    def _instruct(self) -> None:
+    def _instruct(self, filled: bool) -> None:
         worker = self._worker()
         if worker is None:
             return
-        self._stop_if_done(worker, self._everyone())
+        self._stop_if_done(worker, self._everyone(), filled)
         if worker.state == "ready" and not self._stopping:
             paid, examined = self._slice(worker), self._now().examined
             self.instructor.instruct(self.study, worker, self._everyone(), paid, examined=examined)
 
     # Stop
 
-    def _stop_if_done(self, worker: WorkerRow, trials: list[TrialRow]) -> None:
-        idle = not any(t.state in records.RUNNING or t.slot == worker.id for t in trials)
+    def _stop_if_done(self, worker: WorkerRow, trials: list[TrialRow], filled: bool) -> None:
+        # Only after a look whether somebody else may begin: after a crash the slots may be free, and nobody was asked.
+        idle = filled and not any(t.state in records.RUNNING or t.slot == worker.id for t in trials)
         # On recorded timings no clock ends the final slice, so we do.
         used_up = self.study.timings is not None and worker.final and worker.at_ms >= worker.work_ms
         if self._stopping or not (self.interrupted or idle or used_up):
