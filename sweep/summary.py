@@ -289,7 +289,9 @@ def _projected(
     results = Results.of_search(records.evaluations(connection, study.name))
     rows = records.searched(rows)
     eta = study.spec.search.eta
-    to_end = triage.finish_seconds(rows, results, projector, eta)
+    # With one at its end, nobody else of the search is brought there from the endgame's money.
+    over = study.phase == "endgame" and study.spec.endgame.seeds and any(t.state == "completed" for t in rows)
+    to_end = 0.0 if over else triage.finish_seconds(rows, results, projector, eta)
     leader = rungs.leader(rows, results, eta) if to_end else None
     ahead = projector.ahead(running, leader, launch=worker is None or worker.state != "ready")
 

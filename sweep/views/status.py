@@ -95,7 +95,8 @@ def _progress(trial: dict[str, Any], goal: dict[int, int]) -> float | None:
     """How far it is from its last rung to the next; None while nothing tells how long that is."""
     before = trial["curve"][-1]["tokens"] if trial["curve"] else 0
     after = goal.get(trial["rung"] + 1)
-    if trial["rung"] + 1 == trial["last_rung"] and trial["step"]:
+    confirms = trial["source"] is not None  # without any rung before its end
+    if (confirms or trial["rung"] + 1 == trial["last_rung"]) and trial["step"]:
         # The end is known before anyone reached it: the run's examples are part of the configuration.
         config = trial["config"]
         after = round(trial["tokens"] * config["examples"] / (trial["step"] * config["batch_size"]))

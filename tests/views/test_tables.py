@@ -133,6 +133,14 @@ def test_best_says_how_it_compares() -> None:
     assert "% ABOVE" in worse
 
 
+def test_a_run_under_a_new_seed_is_on_its_way_to_its_end() -> None:
+    """Proves that its progress is a share of the whole run: it has no rung before its end."""
+    run = a_trial(2, "live") | {"label": "1·2", "source": 1, "rung": -1, "curve": [], "tokens": 2_000, "step": 50}
+    run["config"] |= {"batch_size": 2}
+    text = rendered(lambda c: tables.show_status(c, a_status([run])))
+    assert re.search(r"^1·2 .* live 40%", text, re.M) and "3 of 9 runs under new seeds done" in text
+
+
 def _dollars(text: str) -> dict[str, list[Decimal]]:
     """Amounts with six decimals by the first word of their line."""
     found: dict[str, list[Decimal]] = {}
