@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 
 from sqlalchemy import Connection
 
@@ -11,6 +13,7 @@ from sweep.records import Study, TrialRow, WorkerRow
 from trainers.messages import (
     Admitted,
     BaseEvaluated,
+    BaseExamined,
     Checkpointed,
     Dropped,
     Ended,
@@ -20,6 +23,7 @@ from trainers.messages import (
     Paused,
     Progress,
     Ready,
+    Scores,
     TrialEvent,
 )
 
@@ -35,6 +39,9 @@ def apply(connection: Connection, study: Study, worker: WorkerRow, event: Event,
         case BaseEvaluated():
             records.set_study(connection, study.name, base_loss=event.loss, base_rung_loss=event.rung_loss)
             records.note(connection, study.name, "base", f"the untrained model's validation loss is {event.loss:.4f}")
+        case BaseExamined():
+            _scores(connection, study.name, tables.UNTRAINED, event.scores, event.majority)
+            records.note(connection, study.name, "base", "the untrained model is scored on the test rows")
         case Ended():
             why = f"{event.reason}: {event.message}" if event.message else event.reason
             records.set_worker(connection, worker.id, why=why)
@@ -60,7 +67,8 @@ def _trial_event(connection: Connection, study: Study, trial: TrialRow, event: T
     records.set_trial(connection, name, number, step=event.step, tokens=event.tokens)
     match event:
         case Admitted():
-            text = f"trial {number} goes on at {event.tokens:,} tokens" if event.tokens else f"trial {number} starts"
+            goes_on = f"goes on at {event.tokens:,} tokens" if event.tokens else "starts"
+            text = f"trial {trial.label} {goes_on}"
             records.note(connection, name, "admitted", text, number)
         case Progress():
             records.set_trial(connection, name, number, train_loss=_number(event.train_loss))
@@ -100,8 +108,11 @@ def _evaluated(connection: Connection, study: Study, trial: TrialRow, event: Eva
                 attempt=event.attempt,
                 ordinal=records.next_evaluation(connection, study.name),
                 width=event.width,
+                peak_bytes=event.peak_bytes,
+                examine_ms=event.examine_ms,
             )
         )
+    _scores(connection, study.name, trial.number, event.scores, {})
     records.set_trial(
         connection,
         study.name,
@@ -111,9 +122,31 @@ def _evaluated(connection: Connection, study: Study, trial: TrialRow, event: Eva
         loss=_number(event.loss),
         full_loss=_number(event.full_loss),
         train_loss=_number(event.train_loss),
+        metric=_number(event.metric),
+        metric_error=_number(event.metric_error),
         checkpoint=event.checkpoint,
         checkpoint_tokens=event.tokens,
     )
+
+
+def _scores(
+    connection: Connection, name: str, trial: int, scores: Mapping[str, Scores], majority: Mapping[str, float]
+) -> None:
+    """Stores a model's scores by split; what is there already was measured in a life that ended unheard."""
+    for split, found in scores.items():
+        mine = (tables.scores.c.study == name) & (tables.scores.c.trial == trial) & (tables.scores.c.split == split)
+        connection.execute(tables.scores.delete().where(mine))
+        connection.execute(
+            tables.scores.insert().values(
+                study=name,
+                trial=trial,
+                split=split,
+                nll=json.dumps(found.nll),
+                tokens=json.dumps(found.tokens),
+                metric=None if found.metric is None else json.dumps(found.metric),
+                majority=majority.get(split),
+            )
+        )
 
 
 def _number(value: float | None) -> float | None:
@@ -143,7 +176,7 @@ def _failed(connection: Connection, name: str, trial: TrialRow, event: Failed) -
     records.set_trial(
         connection, name, trial.number, state=state, reason=reason, diverged=int(event.code == "diverged")
     )
-    records.note(connection, name, state, f"trial {trial.number} {state}: {reason}", trial.number)
+    records.note(connection, name, state, f"trial {trial.label} {state}: {reason}", trial.number)
 
 
 def rewind(connection: Connection, name: str, trial: TrialRow) -> None:

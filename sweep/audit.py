@@ -12,6 +12,7 @@ from budgets.ledger import BUDGET
 from budgets.schema import hold, transfer
 from sweep import records
 from sweep.records import Study
+from sweep.tables import CONFIRMATIONS
 
 MARK = "transfers.committed"  # in the study's folder
 
@@ -93,12 +94,17 @@ def _time(connection: Connection, study: str) -> list[str]:
 
 
 def _trials(connection: Connection, study: str) -> list[str]:
-    """Trials are numbered without a gap, and one that sits in a slot sits in a living worker's."""
+    """Trials are numbered without a gap, confirmations by what they repeat; a slot is a living worker's."""
     trials = records.trials(connection, study)
     living = {worker.id for worker in records.workers(connection, study, living=True)}
     found = []
-    if [trial.number for trial in trials] != list(range(len(trials))):
-        found.append(f"trials are not numbered 0 to {len(trials) - 1}")
+    searched, repeated = records.searched(trials), records.confirmations(trials)
+    if [trial.number for trial in searched] != list(range(len(searched))):
+        found.append(f"trials are not numbered 0 to {len(searched) - 1}")
+    for trial in repeated:
+        source = trial.run[0]
+        if trial.number < CONFIRMATIONS or trial.source != source or source >= len(searched):
+            found.append(f"trial {trial.number} confirms trial {trial.source}, its number says {source}")
     for trial in trials:
         if trial.slot is not None and trial.slot not in living:
             found.append(f"trial {trial.number} sits in a slot of {trial.slot}, which does not live")

@@ -8,9 +8,9 @@ from pathlib import Path
 from sweep.launchers.base import Launcher
 from sweep.projection import Plan
 from sweep.records import Study, TrialRow, WorkerRow
-from trainers.messages import Admit, Command, Continue, Drop, EvaluateBase, Pause, Slice
+from trainers.messages import Admit, Command, Continue, Drop, EvaluateBase, ExamineBase, Pause, Slice
 
-_BASE, _SLICE = -1, -2  # what is no trial's
+_BASE, _SLICE, _EXAMINE = -1, -2, -3  # what is no trial's
 
 
 class Instructor:
@@ -26,12 +26,19 @@ class Instructor:
         """A new worker knows nothing."""
         self._sent.clear()
 
-    def instruct(self, study: Study, worker: WorkerRow, trials: Sequence[TrialRow], current: Slice) -> None:
-        """Sends what a ready worker should know and was not told yet."""
+    def instruct(
+        self, study: Study, worker: WorkerRow, trials: Sequence[TrialRow], current: Slice, *, examined: bool
+    ) -> None:
+        """Sends what a ready worker should know and was not told yet.
+
+        `examined`: the untrained model's scores are known.
+        """
         if worker.id == self.reattached and _SLICE not in self._sent:
             self._once(worker, _SLICE, current)
         if study.base_loss is None:
             self._once(worker, _BASE, EvaluateBase(fence=study.fence))
+        if not examined and any(t.source is not None and t.slot == worker.id for t in trials):
+            self._once(worker, _EXAMINE, ExamineBase(fence=study.fence))  # before it trains: a worker obeys in order
         # Those who leave first: the slot of one that comes may be theirs.
         for trial in sorted(trials, key=lambda t: t.state == "live"):
             if trial.slot == worker.id and trial.state != "judging":
@@ -60,6 +67,7 @@ class Instructor:
             folder=str(Path(study.folder) / "trials" / f"{trial.number:04d}"),
             until_tokens=until,
             resume=trial.checkpoint,
+            examine=trial.source is not None,
         )
         self._once(worker, trial.number, admit)
         if worker.id == self.reattached:

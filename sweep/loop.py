@@ -14,8 +14,10 @@ from pathlib import Path
 
 from budgets.ledger import Ledger
 from budgets.money import usd
-from sweep import endgame, pricing, records, rungs, seats, space, tables, telling, triage
+from sweep import current, endgame, pricing, records, rungs, seats, space, tables, telling, triage
 from sweep.apply import apply
+from sweep.current import Current
+from sweep.endgame import Race
 from sweep.errors import BudgetError, DiskError, Interrupted, StoreError, WorkerError
 from sweep.instruct import Instructor
 from sweep.launchers.base import Launcher
@@ -30,9 +32,6 @@ from trainers.messages import BaseEvaluated, Evaluated, Event, Ready, Release, S
 
 POLL_SECONDS = 0.02
 STOP_MS = 25_000  # a worker that is told to stop has this long to checkpoint
-# Without a report for so long (or three tails, or six usual gaps) the next slice is not paid. A first step may compile
-# for minutes, but more than a slice is not bet on it.
-SILENCE_MS, LONG_SILENCE_MS = 15_000, 120_000
 LATE_MS = 5_000  # a worker that lives so long beyond its paid time has no watchdog that works
 MAX_DEATHS = 3  # workers that die in a row without training anything
 MAX_REFUSED = 2  # trials asked in a row that could not be paid
@@ -75,11 +74,9 @@ class Sweep:
         self._unreleased: Path | None = None  # the folder of a worker that ended, whose watchdog waits for a word
         self._trained_before = 0
         self._disk_message = ""
-        self._first_step = True
-        self._living: list[WorkerRow] = []
-        self._slots = self._live = 1
-        self._read: tuple[list[TrialRow], Results] = [], Results([])
-        self._read_at = -1  # the store's writes when these were read
+        self._again = True  # a step is due although no event came
+        self._said = False  # how the race ended
+        self._current: Current | None = None
         self._gap_ms = 0  # the longest recent silence between two reports
         self._lengths = self.workers.lengths()
 
@@ -123,16 +120,16 @@ class Sweep:
     def step(self) -> bool:
         """One step of the loop; returns whether anything changed."""
         self._reprice()
-        changed = self._settle() or self._first_step
+        changed = self._settle() or self._again
+        self._again = False
         if changed or self.interrupted:
             self._judge()
             self._project()
             self._tell_ended()
-            self._seat()
+            self._seat(filled=False)
             self._fill()
-            self._seat()
+            self._seat(filled=True)
             self._tell_ended()
-        self._first_step = False
         return changed
 
     # Settle
@@ -178,7 +175,7 @@ class Sweep:
         if self.study.timings is None and self.workers.now_ms(worker) > worker.paid_ms + LATE_MS:
             self.launcher.stop(folder)  # its watchdog is stopped or hangs: nobody else ends it
             return False
-        if not self._stopping and not worker.final and self._renewal_due(worker):
+        if not self._stopping and not worker.final and self.workers.renewal_due(worker, self._lengths, self._gap_ms):
             renewed = self.workers.renew(worker, self._lengths)
             self.launcher.send(folder, self._slice(renewed))
             return True
@@ -195,15 +192,6 @@ class Sweep:
             with self.store.read() as connection:
                 self.study = self.workers.study = records.own_study(connection, self.name, self.study.fence)
         self._lengths = self.workers.lengths(self._gap_ms)
-
-    def _renewal_due(self, worker: WorkerRow) -> bool:
-        now, lengths = self.workers.now_ms(worker), self._lengths
-        loading = lengths.load if worker.state != "ready" else 0
-        patience = max(SILENCE_MS, min(lengths.slice, LONG_SILENCE_MS), 3 * lengths.tail, 6 * self._gap_ms, loading)
-        if now - worker.at_ms > patience:
-            return False  # alive is not enough: a hung worker's time is not paid on
-        # Early enough that the worker, which ends before a step that would pass work_ms, never has to.
-        return worker.work_ms - now < lengths.slice * 2 // 3
 
     def _slice(self, worker: WorkerRow) -> Slice:
         return Slice(
@@ -245,7 +233,7 @@ class Sweep:
 
     def _judge(self) -> None:
         trials, results = self._trials()
-        for trial in trials:
+        for trial in self._everyone():
             if trial.state == "judging":
                 self._decide(trial, trials, results)
 
@@ -259,7 +247,7 @@ class Sweep:
             base_loss=self.study.base_rung_loss,
             can_pause=trial.config.method == "lora" or self.projector.parking_pays(trial),
         )
-        if trial.loss is not None and not judgement.diverged:
+        if trial.source is None and trial.loss is not None and not judgement.diverged:
             self.memory.report(trial.number, trial.rung, trial.loss)
         match judgement.verdict:
             case "complete":
@@ -280,7 +268,7 @@ class Sweep:
         words = reason if reason.startswith("promoted") else f"{state}: {reason}"
         with self.store.write() as connection:
             records.set_trial(connection, self.name, trial.number, state=state, reason=reason, **values)
-            records.note(connection, self.name, state, f"trial {trial.number} {words}{loss}", trial.number)
+            records.note(connection, self.name, state, f"trial {trial.label} {words}{loss}", trial.number)
 
     def _end(self, trial: TrialRow, state: str, reason: str, *, diverged: bool = False) -> None:
         self._change(trial, state, reason, diverged=int(diverged))
@@ -301,6 +289,15 @@ class Sweep:
                 self._change(trial, "paused", f"parked: {reason}")
             else:
                 self._end(trial, "pruned", reason)
+        if any(trial.state in records.RUNNING for trial in self._now().confirmations):
+            race, left = self._race()
+            for trial in race.overdrawn(left):
+                self._change(trial, "paused", "parked: not all that run can be paid to their end")
+
+    def _race(self) -> tuple[Race, float]:
+        """The race, and the seconds that are left for it."""
+        race = self._now().race(self.study, self.projector)
+        return race, race.left(self._funds([], self._now().results), self._lengths)
 
     def _funds(self, trials: list[TrialRow], results: Results) -> Funds:
         worker = self._worker()
@@ -319,27 +316,42 @@ class Sweep:
             return
         while True:
             trials, results = self._trials()
-            if sum(t.state in records.RUNNING for t in trials) >= self._live:
+            if sum(t.state in records.RUNNING for t in trials) >= self._now().live:
                 break
             if not (
                 self._wake(trials, results)
                 or self._ask(trials, results)
                 or self._finish(trials, results)
-                or (not any(t.state in records.RUNNING for t in trials) and self._begin_endgame())
+                or (not self._now().anybody_runs and self._begin_endgame())
+                or self._confirm()
             ):
                 break
 
     def _begin_endgame(self) -> bool:
-        """When the search has no more to spend, the reserve goes to the best that is left; False if there is none."""
+        """When the search has no more to spend, the reserve goes to the best that is left; False if it began before."""
         with self.store.write() as connection:
-            freed = endgame.begin(connection, self.study)
+            begun = endgame.begin(connection, self.study)
             self.study = self.workers.study = records.own_study(connection, self.name, self.study.fence)
-        return freed > 0
+        self._lengths = self.workers.lengths(self._gap_ms)  # a confirmation's end takes longer
+        self._again = self._again or begun
+        return begun
 
-    def _seat(self) -> None:
+    def _confirm(self) -> bool:
+        """Lets the next runs of the race begin; False if none is left that can be paid and is worth it."""
+        if self.study.phase != "endgame" or not self.study.spec.endgame.seeds:
+            return False
+        race, left = self._race()
+        chosen = race.next(left)
+        if chosen:
+            endgame.start(self.store, race, chosen)
+        elif not self._now().anybody_runs and not self._said:
+            endgame.say_end(self.store, race, left)
+            self._said = True
+        return bool(chosen)
+
+    def _seat(self, *, filled: bool) -> None:
         """Gives free slots to those who wait longest and tells the worker, before anything slower is done."""
-        trials, _ = self._trials()
-        worker = self._worker()
+        trials, worker = self._everyone(), self._worker()
         waiting = sorted((t for t in trials if t.state == "waiting" and t.slot is None), key=lambda t: t.turn)
         if self._stopping or self.interrupted:
             waiting = []
@@ -351,8 +363,8 @@ class Sweep:
                     break  # nobody overtakes: one of another method would wait for ever that all slots are empty
                 with self.store.write() as connection:
                     seats.take(connection, self.name, worker, trial)
-                trials, _ = self._trials()
-        self._instruct()
+                trials = self._everyone()
+        self._instruct(filled)
 
     def _launch(self) -> None:
         try:
@@ -375,14 +387,15 @@ class Sweep:
 
         The best go first, as many as share the machine.
         """
-        if any(t.state in records.RUNNING for t in trials):
-            return False
+        confirms = self.study.phase == "endgame" and self.study.spec.endgame.seeds > 0
+        if self._now().anybody_runs or (confirms and any(t.state == "completed" for t in trials)):
+            return False  # with one at its end, what is left is for confirmation
         promoted: list[TrialRow] = []
         for trial in rungs.last_chances(trials, results, self.study.spec.search.eta):
             together = all(t.config.method == trial.config.method == "lora" for t in promoted)
             if together and self._promote(trial, self._trials()[0], results, "promoted: the best that is left"):
                 promoted.append(trial)
-            if len(promoted) == self._slots:
+            if len(promoted) == self._now().slots:
                 break
         return bool(promoted)
 
@@ -395,15 +408,9 @@ class Sweep:
 
     def _affordable(self, trial: TrialRow, trials: list[TrialRow], results: Results) -> bool:
         """Whether a trial that joins can reach its end although all others reach their next decision before it."""
-        others = [t for t in trials if t.number != trial.number]
-        money = self._funds([*others, trial], results)
-        ahead = sum(self.projector.to_target(t).mean for t in others if t.state in {"live", "waiting"})
-        best = rungs.leader([*others, trial], results, self.study.spec.search.eta)
-        if best is None or best.number != trial.number:
-            ahead += money.finish_seconds
-        if money.cost(ahead + self.projector.to_end(trial).mean) + money.overhead > money.left_now:
-            return False
-        return triage.projected_spend(money, [*others, trial], self.projector) <= money.balances.cap
+        joined = [*(t for t in trials if t.number != trial.number), trial]
+        money = self._funds(joined, results)
+        return triage.affordable(trial, joined, results, money, self.projector, self.study.spec.search.eta)
 
     def _ask(self, trials: list[TrialRow], results: Results) -> bool:
         """Asks for a new trial; True if there is one more to consider."""
@@ -439,22 +446,26 @@ class Sweep:
 
     # Instruct
 
-    def _instruct(self) -> None:
+    def _instruct(self, filled: bool) -> None:
         worker = self._worker()
         if worker is None:
             return
-        trials, _ = self._trials()
-        self._stop_if_done(worker, trials)
+        self._stop_if_done(worker, self._everyone(), filled)
         if worker.state == "ready" and not self._stopping:
-            self.instructor.instruct(self.study, worker, trials, self._slice(worker))
+            paid, examined = self._slice(worker), self._now().examined
+            self.instructor.instruct(self.study, worker, self._everyone(), paid, examined=examined)
 
     # Stop
 
-    def _stop_if_done(self, worker: WorkerRow, trials: list[TrialRow]) -> None:
-        idle = not any(t.state in records.RUNNING or t.slot == worker.id for t in trials)
+    def _stop_if_done(self, worker: WorkerRow, trials: list[TrialRow], filled: bool) -> None:
+        # Only after a look whether somebody else may begin: after a crash the slots may be free, and nobody was asked.
+        idle = filled and not any(t.state in records.RUNNING or t.slot == worker.id for t in trials)
         # On recorded timings no clock ends the final slice, so we do.
         used_up = self.study.timings is not None and worker.final and worker.at_ms >= worker.work_ms
         if self._stopping or not (self.interrupted or idle or used_up):
+            return
+        if used_up and not self.interrupted and self._begin_endgame():
+            self._park()  # as where the clock ended it: the search is over, and the reserve is there
             return
         if self.launcher.send(Path(worker.folder), Stop(fence=self.study.fence, within_ms=STOP_MS)):
             self._stopping = True
@@ -462,37 +473,28 @@ class Sweep:
     def _over(self) -> bool:
         if self._worker() is not None:
             return False
-        trials, _ = self._trials()
-        running = any(t.state in records.RUNNING for t in trials)
-        return self._stopping or self.interrupted or not running
+        return self._stopping or self.interrupted or not (self._now().anybody_runs or self._again)
 
     def _park(self) -> None:
         """What still waits when the study ends keeps its checkpoint and its claim to the next rung."""
-        trials, _ = self._trials()
-        for trial in trials:
+        for trial in self._everyone():
             if trial.state in records.RUNNING and not self.interrupted and not self._disk_message:
                 self._change(trial, "paused", "parked: the cap was reached")
 
     # What the steps share
 
+    def _now(self) -> Current:
+        if self._current is None or self._current.writes != self.store.writes:
+            self._current = current.read(self.store, self.study)
+            self.projector.width = seats.width(self._current.slots, self._current.everyone)
+        return self._current
+
     def _worker(self) -> WorkerRow | None:
-        self._refresh()
-        return self._living[0] if self._living else None
+        return self._now().worker
 
     def _trials(self) -> tuple[list[TrialRow], Results]:
-        self._refresh()
-        return self._read
+        """The search: confirmations are compared with nobody, and the sampler is never told of them."""
+        return self._now().trials, self._now().results
 
-    def _refresh(self) -> None:
-        """Nobody else writes these tables while we drive the study: they are read anew after a write of ours alone."""
-        if self._read_at == self.store.writes:
-            return
-        with self.store.read() as connection:
-            workers = records.workers(connection, self.name)
-            trials = records.trials(connection, self.name)
-            rows = records.evaluations(connection, self.name)
-        self._living = [worker for worker in workers if worker.state != "ended"]
-        self._slots, self._live = seats.slots(self.study, workers), seats.live(self.study, workers)
-        self.projector.width = seats.width(self._slots, trials)
-        self._read = trials, Results((row.trial, row.rung, row.loss) for row in rows)
-        self._read_at = self.store.writes
+    def _everyone(self) -> list[TrialRow]:
+        return self._now().everyone

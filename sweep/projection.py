@@ -13,6 +13,7 @@ from budgets.forecast import Forecast, Piece, Seconds, Work, flops_per_token
 from sweep import records, seats
 from sweep.pricing import SECONDS_A_TOKEN
 from sweep.records import Study, TrialRow
+from sweep.tables import CONFIRMATIONS
 from trainers.messages import TrialConfig
 
 # Effective FLOP/s before anything was measured. Small models reach far less of a GPU than large ones; the first
@@ -25,6 +26,8 @@ COMPILE_SECONDS = 60.0
 PROBE_SECONDS = 90.0  # of a GPU's first worker: how wide a pack should be (trainers/lora/probe.py keeps the answer)
 USUAL_BATCH, USUAL_ROW = 8, 512  # examples a step and tokens an example; only what differs from them has a factor
 START_SECONDS = {False: 10.0, True: 2.0}  # interpreter, imports, the check of the loss; a replay has none of them
+GENERATED = 10.0  # what a generated token takes beside an evaluated one, before anything was measured: one at a time
+CHOICES = 4  # of a label, where the spec names none
 FREE = 1e-6  # seconds of what costs nothing where tokens are paid for
 
 
@@ -49,6 +52,30 @@ class Plan:
         return None if target >= self.last else self.rungs[target]
 
 
+@dataclass(frozen=True)
+class Examination:
+    """What is measured at a trial's end beyond its loss, in tokens that an evaluation would read in that time."""
+
+    metric: float = 0.0  # the user's metric over all validation rows: of every trial
+    scores: float = 0.0  # every row of the test and retention rows, the metric of the test rows too: of a confirmation
+
+
+def examination(study: Study) -> Examination:
+    """What the spec's metric and the prepared rows make of it."""
+    objective, splits = study.spec.objective, study.facts["data"]["splits"]
+
+    def metric(split: str) -> float:
+        rows, tokens = (float(splits.get(split, {}).get(name, 0)) for name in ("rows", "tokens"))
+        if objective.metric == "validation_loss":
+            return 0.0
+        if objective.metric == "accuracy":
+            return tokens * (len(objective.choices) if objective.choices else CHOICES)
+        return tokens + GENERATED * rows * objective.max_new_tokens
+
+    read = sum(splits[split]["tokens"] for split in ("test", "retention") if split in splits)
+    return Examination(metric("validation"), read + metric("test"))
+
+
 def plan(facts: dict[str, Any]) -> Plan:
     """Reads the plan that the launch stored with the study."""
     values = facts["plan"]
@@ -67,17 +94,20 @@ class Projector:
         unit: str = "hour",
         per_rank: Mapping[str, int] | None = None,
         probes: bool = False,
+        examination: Examination = Examination(),
     ) -> None:
         """`unit` Mtok: the meter runs on tokens (sweep/pricing.py), so what a token takes is known.
 
         `per_rank`: by targets, how many parameters an adapter has for each unit of rank, where the launch saw them.
-        `probes`: a worker may have to find its slots before it is ready.
+        `probes`: a worker may have to find its slots before it is ready. `examination`: what comes after a last
+        evaluation.
         """
         self.plan = plan
         self.parameters = parameters
         self.forecast = Forecast()
         self.width = 1.0  # how many LoRA trials share the machine as things stand
         self._per_rank = per_rank or {}
+        self._examination = examination
         self._probe_seconds = PROBE_SECONDS if probes else 0.0
         self._run_tokens = plan.run_tokens
         known = (speed for name, speed in PRIOR_FLOPS.items() if name in device.upper())
@@ -90,6 +120,8 @@ class Projector:
         self.forecast.observe(self._train(config, row.width), row.train_tokens, row.train_ms / 1000)
         self.forecast.observe(self._evaluate(), row.evaluate_tokens, row.evaluate_ms / 1000)
         self.forecast.observe(self._piece("checkpoint", config.method), 1, row.checkpoint_ms / 1000)
+        if row.examine_ms:
+            self.forecast.observe(self._reading(), self._examined(_confirms(config)), row.examine_ms / 1000)
         if row.full_loss is not None:  # at its end; all trials of a study train on the same examples
             self._run_tokens = row.tokens
 
@@ -105,10 +137,34 @@ class Projector:
         """From the launch of a worker until it is ready, and what it then compiles, where workers do."""
         return self.forecast.total(self._start())
 
-    def tail(self, methods: tuple[str, ...], slots: int) -> Seconds:
-        """A last evaluation and the checkpoints of all slots, of which a full-parameter trial has one."""
+    def tail(self, methods: tuple[str, ...], slots: int, *, confirms: bool = False) -> Seconds:
+        """A last evaluation and the checkpoints of all slots, of which a full-parameter trial has one.
+
+        `confirms`: that evaluation may be a confirmation's.
+        """
         each = [self._saved(method, slots if method == "lora" else 1) for method in methods]
-        return max(each, key=lambda seconds: seconds.high) + self.evaluation(self.plan.validation_tokens)
+        last = self.evaluation(self.plan.validation_tokens) + self.examined(confirms=confirms)
+        return max(each, key=lambda seconds: seconds.high) + last
+
+    def ending(self, methods: tuple[str, ...]) -> Seconds:
+        """What comes after the training of one confirmation: evaluation, examination, checkpoint."""
+        return self.tail(methods, 1, confirms=True)
+
+    def examined(self, *, confirms: bool) -> Seconds:
+        """What is measured at a trial's end beyond its loss."""
+        return self.forecast.total(self._examine(confirms))
+
+    def _examine(self, confirms: bool) -> list[Piece]:
+        tokens = self._examined(confirms)
+        # Until one was measured it is read as fast as an evaluation is, as far as that was measured.
+        work = self._reading() if self.forecast.measured("examine") else self._evaluate()
+        return [(work, tokens)] if tokens else []
+
+    def _examined(self, confirms: bool) -> float:
+        return self._examination.metric + (self._examination.scores if confirms else 0.0)
+
+    def _reading(self) -> Work:
+        return Work("examine", self._evaluate().prior_seconds)
 
     def _saved(self, method: str, count: int) -> Seconds:
         one = self.checkpoint(method)
@@ -136,6 +192,11 @@ class Projector:
         What a pack saves is not counted on for the end: the last one to train has nobody to share the machine with.
         """
         return self.forecast.total(self._whole(trial))
+
+    def confirmation(self, trial: TrialRow, width: float) -> Seconds:
+        """A confirmation's way to its end among `width` that train at once, its examination included."""
+        last = self.plan.last
+        return self.forecast.total(self._seat(trial) + self._way(trial.config, trial.tokens, last, last, width))
 
     def ahead(self, running: Sequence[TrialRow], leader: TrialRow | None, launch: bool) -> Seconds:
         """All that is still to come: the next decision of those who run, the leader's way to its end, a worker's start.
@@ -183,7 +244,7 @@ class Projector:
         for target in range(first, last + 1):
             seen = self.plan.validation_tokens if target >= self.plan.last else self.plan.rung_tokens
             pieces += [(self._evaluate(), seen), (self._piece("checkpoint", config.method), 1)]
-        return pieces
+        return pieces + (self._examine(_confirms(config)) if last >= self.plan.last else [])
 
     def _seat(self, trial: TrialRow) -> list[Piece]:
         parked = trial.slot is None and trial.checkpoint
@@ -228,7 +289,11 @@ def untaught(study: Study) -> Projector:
     facts = study.facts
     per_rank = facts.get("trained_parameters_per_rank")
     known = plan(facts), facts["parameters"], facts["device"], facts["cores"]
-    return Projector(*known, study.unit, per_rank, seats.probes(study))
+    return Projector(*known, study.unit, per_rank, seats.probes(study), examination(study))
+
+
+def _confirms(config: TrialConfig) -> bool:
+    return config.number >= CONFIRMATIONS
 
 
 def projector_of(study: Study, connection: Connection) -> Projector:

@@ -19,6 +19,7 @@ from trainers.messages import TrialConfig
 
 RUNNING = ("waiting", "live", "judging")
 ENDED = ("completed", "pruned", "failed")
+_ORDINALS = 100  # numbers that the confirmations of one trial may have
 TOKEN_METER = "token_meter.json"  # in the study's folder: what the meter runs on then (sweep/pricing.py)
 
 
@@ -80,6 +81,16 @@ class TrialRow:
         """Whether it was sent beyond its last rung."""
         return self.target > self.rung
 
+    @property
+    def run(self) -> tuple[int, int]:
+        """Of a confirmation: which trial it repeats, and under which of the new seeds, from 1."""
+        return divmod(self.number - tables.CONFIRMATIONS, _ORDINALS)
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        return label(self.number)
+
 
 @dataclass(frozen=True)
 class WorkerRow:
@@ -117,7 +128,8 @@ def study(connection: Connection, name: str) -> Study:
     if row is None:
         raise NotFoundError(f"there is no study {name}", "`sweep list` shows the studies of this database")
     values = dict(row)
-    values["spec"] = Spec.model_validate(json.loads(values["spec"]))
+    # A study from before there were confirmations has none.
+    values["spec"] = Spec.model_validate({"endgame": {"seeds": 0}} | json.loads(values["spec"]))
     values["facts"] = json.loads(values["facts"])
     values["tariff"] = _tariff(row)
     return Study(**values)
@@ -209,12 +221,33 @@ def next_turn(trials: Sequence[TrialRow]) -> int:
     return max((t.turn for t in trials), default=0) + 1
 
 
-def add_trial(connection: Connection, name: str, config: TrialConfig, turn: int) -> None:
-    """Adds a waiting trial."""
-    text = json.dumps(dataclasses.asdict(config))
-    connection.execute(
-        tables.trial.insert().values(study=name, number=config.number, config=text, state="waiting", turn=turn)
-    )
+def add_trial(connection: Connection, name: str, config: TrialConfig, turn: int, **more: Any) -> None:
+    """Adds a waiting trial; `more` are other columns."""
+    values = {"study": name, "number": config.number, "state": "waiting", "turn": turn} | more
+    connection.execute(tables.trial.insert().values(config=json.dumps(dataclasses.asdict(config)), **values))
+
+
+def confirmation_number(source: int, ordinal: int) -> int:
+    """The number of the trial that repeats trial `source` under the new seed number `ordinal`, from 1."""
+    return tables.CONFIRMATIONS + source * _ORDINALS + ordinal
+
+
+def label(number: int) -> str:
+    """What people call a trial: `12`, and `12·2` for what repeats it under the second of the new seeds."""
+    if number < tables.CONFIRMATIONS:
+        return str(number)
+    source, ordinal = divmod(number - tables.CONFIRMATIONS, _ORDINALS)
+    return f"{source}·{ordinal}"
+
+
+def searched(trials: Sequence[TrialRow]) -> list[TrialRow]:
+    """The trials of the search: all but confirmations."""
+    return [trial for trial in trials if trial.source is None]
+
+
+def confirmations(trials: Sequence[TrialRow]) -> list[TrialRow]:
+    """The trials that repeat others under new seeds."""
+    return [trial for trial in trials if trial.source is not None]
 
 
 def set_trial(connection: Connection, name: str, number: int, **values: Any) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from sqlalchemy import Connection
+
 from budgets.ledger import Balances, CapTooLow, HoldClosed, HoldsOpen, Ledger
 from budgets.money import usd
 from sweep import records
@@ -41,6 +43,7 @@ def take(store: Store, name: str, cap: int | None = None) -> None:
         records.set_study(connection, name, fence=study.fence + 1)
         ledger = Ledger(connection, name)
         ledger.take_over(study.fence + 1)
+        before = ledger.balances().cap
         if cap is not None:
             try:
                 ledger.set_cap(cap, f"fence{study.fence + 1}")
@@ -52,6 +55,18 @@ def take(store: Store, name: str, cap: int | None = None) -> None:
                 ) from error
             records.set_study(connection, name, phase="search")  # there is money to ask for more
             records.note(connection, name, "cap", f"the cap is {usd(cap)} now")
+            _reserve(connection, study, ledger.balances().cap - before)
+
+
+def _reserve(connection: Connection, study: Study, more: int) -> None:
+    """The search goes on with what the cap was raised by, less the endgame's share of it; what raced waits for that."""
+    share = study.spec.budget.reserve / study.spec.budget.cap
+    if study.spec.endgame.seeds and int(more * share) > 0:
+        Ledger(connection, study.name).set_aside(int(more * share), f"fence{study.fence + 1}")
+    for trial in records.confirmations(records.trials(connection, study.name)):
+        if trial.state in {"live", "waiting"}:
+            values = {"state": "paused", "reason": "parked: the search goes on first"}
+            records.set_trial(connection, study.name, trial.number, **values)
 
 
 def drive(store: Store, name: str, notify: Callable[[], None]) -> None:
@@ -144,6 +159,8 @@ def close(store: Store, name: str) -> int:
                 with store.write() as connection:
                     values = {"state": "pruned", "reason": f"the study was closed ({trial.reason})"}
                     records.set_trial(connection, name, trial.number, **values)
+                if trial.source is not None:
+                    continue  # the sampler never knew of it
                 memory.tell(trial.number, "pruned", None, {"reason": "the study was closed"})
                 with store.write() as connection:
                     records.set_trial(connection, name, trial.number, told=1)

@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sweep.records import TrialRow
+from sweep.tables import CONFIRMATIONS
 
 DIVERGED = 1.1  # a loss at a rung this many times the untrained model's means that training hurts
 
@@ -37,6 +38,11 @@ class Results:
         self.losses: dict[int, dict[int, float]] = {}
         for trial, rung, loss in evaluations:
             self.losses.setdefault(rung, {})[trial] = loss
+
+    @classmethod
+    def of_search(cls, rows: Iterable[Any]) -> Results:
+        """From evaluations as they are stored, without those of confirmations."""
+        return cls((row.trial, row.rung, row.loss) for row in rows if row.trial < CONFIRMATIONS)
 
     def rank(self, trial: int, rung: int) -> tuple[int, int]:
         """The trial's place at a rung, from 1, and how many reached it. Ties go to the lower number."""

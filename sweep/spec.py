@@ -21,6 +21,7 @@ from sweep.errors import SpecError
 Method = Literal["lora", "full"]
 Targets = Literal["attention", "mlp", "all-linear"]
 MAX_SLOTS = 64
+RESERVE_SHARE = 0.25  # of the cap, for the endgame, unless budget.reserve says otherwise
 
 
 def _exact(micros: int) -> str:
@@ -113,7 +114,8 @@ class BudgetSpec(_Section):
     """The hard cap over everything the study spends, and what of it the search must leave."""
 
     cap: Usd
-    reserve: Annotated[int, BeforeValidator(parse_usd), Field(ge=0), PlainSerializer(_exact)] = 0  # for the endgame
+    # For the endgame; not given, it is a quarter of the cap where configurations are confirmed (endgame.seeds), else 0.
+    reserve: Annotated[int, BeforeValidator(parse_usd), Field(ge=0), PlainSerializer(_exact)] = 0
 
     @model_validator(mode="after")
     def _something_to_search_with(self) -> BudgetSpec:
@@ -207,6 +209,13 @@ class Spec(_Section):
     full: FullSpec = FullSpec()
     endgame: EndgameSpec = EndgameSpec()
     seed: int = Field(default=0, ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def _reserved(self) -> Spec:
+        if self.endgame.seeds and "reserve" not in self.budget.model_fields_set:
+            budget = self.budget.model_copy(update={"reserve": int(self.budget.cap * RESERVE_SHARE)})
+            object.__setattr__(self, "budget", budget)  # frozen, but nobody has seen it yet
+        return self
 
     def resolved(self) -> dict[str, Any]:
         """Returns the spec with every default filled in, as plain JSON; Spec.model_validate reads it back."""

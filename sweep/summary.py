@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +15,8 @@ from budgets.ledger import Balances, Ledger, trial_account
 from budgets.money import MICROS
 from budgets.schema import transfer
 from budgets.statement import statement as draw_up
-from sweep import records, rungs, space, tables, triage
+from sweep import endgame, records, rungs, space, tables, triage
+from sweep.endgame import Outcome
 from sweep.errors import NotFoundError
 from sweep.projection import Projector, projector_of
 from sweep.records import Study, TrialRow, WorkerRow
@@ -36,9 +39,13 @@ def latest(connection: Connection) -> str:
 
 
 def trials(connection: Connection, name: str) -> list[dict[str, Any]]:
-    """All trials: those with the best results first, then by number."""
+    """All trials: those with the best results first, then by number; after them those that confirm others."""
     study = records.study(connection, name)
     rows = records.trials(connection, name)
+    metric = study.spec.objective.metric
+    ranked = sorted(records.searched(rows), key=lambda t: _order(t, metric))
+    place = {trial.number: n for n, trial in enumerate(ranked)}
+    ranked += sorted(records.confirmations(rows), key=lambda t: (place.get(t.run[0], len(rows)), t.run))
     balances = Ledger(connection, name).balances()
     curves: dict[int, list[dict[str, Any]]] = {}
     for row in records.evaluations(connection, name):
@@ -46,15 +53,16 @@ def trials(connection: Connection, name: str) -> list[dict[str, Any]]:
             {"rung": row.rung, "tokens": row.tokens, "loss": row.loss, "full_loss": row.full_loss}
         )
     last = len(study.facts["plan"]["rungs"])
-    return [_trial(row, curves.get(row.number, []), balances, last) for row in sorted(rows, key=_order)]
+    return [_trial(row, curves.get(row.number, []), balances, last) for row in ranked]
 
 
-def _order(trial: TrialRow) -> tuple[int, float, int]:
-    """Completed ones by their loss over all rows, then by rung and loss there, then those without a loss."""
+def _order(trial: TrialRow, metric: str) -> tuple[int, float, int]:
+    """Completed ones by the user's metric over all rows, then by rung and loss there, then those without a loss."""
     if trial.diverged or trial.loss is None:
         return (1_000, 0.0, trial.number)
-    if trial.state == "completed" and trial.full_loss is not None:
-        return (0, trial.full_loss, trial.number)
+    found = endgame.value(trial, metric) if trial.state == "completed" else None
+    if found is not None:
+        return (0, found, trial.number)
     return (100 - trial.rung, trial.loss, trial.number)
 
 
@@ -63,6 +71,8 @@ def _trial(trial: TrialRow, curve: list[dict[str, Any]], balances: Balances, las
     config = {k: v for k, v in dataclasses.asdict(trial.config).items() if k != "number" and v is not None}
     return {
         "number": trial.number,
+        "label": trial.label,
+        "source": trial.source,
         "state": trial.state,
         "in_words": space.describe(trial.config),
         "config": config,
@@ -73,6 +83,8 @@ def _trial(trial: TrialRow, curve: list[dict[str, Any]], balances: Balances, las
         "loss": trial.loss,
         "full_loss": trial.full_loss,
         "train_loss": trial.train_loss,
+        "metric": trial.metric,
+        "metric_error": trial.metric_error,
         "cost": money(spent),
         "reason": trial.reason,
         "folder": trial.checkpoint,
@@ -81,24 +93,75 @@ def _trial(trial: TrialRow, curve: list[dict[str, Any]], balances: Balances, las
 
 
 def best(connection: Connection, name: str) -> dict[str, Any]:
-    """The best trial, beside the untrained model. Raises NotFoundError while no trial was evaluated."""
+    """The best configuration, beside the untrained model. Raises NotFoundError while no trial was evaluated.
+
+    The winner of the endgame's race, with its means over seeds; where nothing was confirmed the best single run.
+    """
     study = records.study(connection, name)
     ranked = trials(connection, name)
     if not ranked or ranked[0]["loss"] is None:
         raise NotFoundError(f"no trial of {name} was evaluated yet", f"watch it with `sweep status {name}`")
-    winner = ranked[0]
-    finished = winner["full_loss"] is not None
-    loss, base = (winner["full_loss"], study.base_loss) if finished else (winner["loss"], study.base_rung_loss)
-    gain = 1 - loss / base if base else None
+    rows = records.trials(connection, name)
+    won = endgame.outcome(study, records.searched(rows), records.confirmations(rows))
+    best = ranked[0] if won is None else next(t for t in ranked if t["number"] == won.source.number)
+    finished = won is not None or best["full_loss"] is not None
+    loss, base = (best["full_loss"], study.base_loss) if finished else (best["loss"], study.base_rung_loss)
+    judged = "all validation rows" if finished else "the rung's validation rows"
+    if won is not None:
+        loss, judged = _spread([run.full_loss for run in won.runs])["mean"], f"{judged}, mean of {len(won.runs)} seeds"
     return {
         "study": name,
-        "trial": winner,
+        "trial": best,
         "loss": loss,
         "base_loss": base,
-        "gain": gain,
+        "gain": 1 - loss / base if base else None,
         "trained_to_its_end": finished,
-        "rows": "all validation rows" if finished else "the rung's validation rows",
+        "rows": judged,
+        "metric": study.spec.objective.metric,
+        "confirmed": won is not None,
+        "confirmation": None if won is None else _confirmation(connection, name, won, ranked),
     }
+
+
+def _confirmation(connection: Connection, name: str, won: Outcome, ranked: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the winner's runs under new seeds came to, on the validation rows that chose and on the test rows."""
+    scores = _test_scores(connection, name)
+    described = {trial["number"]: trial for trial in ranked}
+    runs = [described[run.number] | {"test": scores.get(run.number)} for run in won.runs]
+    test: dict[str, dict[str, Any]] = {}
+    for what in ("loss", "metric"):
+        found = [scores.get(run.number, {}).get(what) for run in won.runs]
+        if None not in found:
+            untrained = scores.get(tables.UNTRAINED, {})
+            test[what] = _spread(found) | {"untrained": untrained.get(what), "majority": untrained.get("majority")}
+    return {
+        "seeds": len(runs),
+        "runs": runs,
+        "validation": {
+            what: _spread([run[key] for run in runs])
+            for what, key in (("loss", "full_loss"), ("metric", "metric"))
+            if all(run[key] is not None for run in runs)
+        },
+        "test": test or None,
+        "cost": money(sum(run["cost"]["micros"] for run in runs)),
+        "export": described[won.export.number],
+    }
+
+
+def _spread(values: Sequence[Any]) -> dict[str, float]:
+    """Mean and standard deviation over seeds."""
+    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def _test_scores(connection: Connection, name: str) -> dict[int, dict[str, Any]]:
+    """By trial its loss on the test rows, nats a completion token, and its metric there."""
+    query = select(tables.scores).where(tables.scores.c.study == name, tables.scores.c.split == "test")
+    found = {}
+    for row in connection.execute(query):
+        metric = None if row.metric is None else statistics.fmean(json.loads(row.metric))
+        loss = sum(json.loads(row.nll)) / sum(json.loads(row.tokens))
+        found[row.trial] = {"loss": loss, "metric": metric, "majority": row.majority}
+    return found
 
 
 def statement(connection: Connection, name: str) -> dict[str, Any]:
@@ -113,9 +176,10 @@ def statement(connection: Connection, name: str) -> dict[str, Any]:
         "machine": _machine(workers),
         "occupancy": _occupancy(connection, name, rows, workers),
         "trials": [
-            {"number": n, "in_words": described[n][0], "state": described[n][1], **money(m)}
+            {"number": n, "label": records.label(n), "in_words": described[n][0], "state": described[n][1], **money(m)}
             for n, m in drawn.trials.items()
         ],
+        "confirmation": money(sum(m for n, m in drawn.trials.items() if n >= tables.CONFIRMATIONS)),
         "overhead": {centre: money(m) for centre, m in drawn.overhead.items()},
         "idle": money(drawn.idle),
         "spent": money(drawn.spent),
@@ -173,7 +237,8 @@ def status(connection: Connection, name: str, now_ms: dict[str, int] | None = No
     held = projector.forecast.calibration("train")
     ranked = trials(connection, name)
     counts: dict[str, int] = {}
-    for row in rows:
+    searched, repeated = records.searched(rows), records.confirmations(rows)
+    for row in searched:
         counts[row.state] = counts.get(row.state, 0) + 1
     evaluated = bool(ranked) and ranked[0]["loss"] is not None
     return {
@@ -195,8 +260,9 @@ def status(connection: Connection, name: str, now_ms: dict[str, int] | None = No
         "phase": study.phase,
         "reserve": money(balances.reserve),
         "base_loss": study.base_loss,
-        "trials": len(rows),
+        "trials": len(searched),
         "counts": counts,
+        "confirmations": {"done": sum(t.state in records.ENDED for t in repeated), "all": len(repeated)},
         "running": [t for t in ranked if t["state"] in records.RUNNING],
         "best": ranked[0] if evaluated else None,
         "events": [
@@ -220,9 +286,12 @@ def _projected(
         return balances.spent, balances.spent, balances.spent
     now = now_ms.get(worker.id, worker.at_ms) if worker else 0
     funds = triage.funds(balances, study.micros_per_hour, worker, now, projector.load().mean)
-    results = Results((e.trial, e.rung, e.loss) for e in records.evaluations(connection, study.name))
+    results = Results.of_search(records.evaluations(connection, study.name))
+    rows = records.searched(rows)
     eta = study.spec.search.eta
-    to_end = triage.finish_seconds(rows, results, projector, eta)
+    # With one at its end, nobody else of the search is brought there from the endgame's money.
+    over = study.phase == "endgame" and study.spec.endgame.seeds and any(t.state == "completed" for t in rows)
+    to_end = 0.0 if over else triage.finish_seconds(rows, results, projector, eta)
     leader = rungs.leader(rows, results, eta) if to_end else None
     ahead = projector.ahead(running, leader, launch=worker is None or worker.state != "ready")
 
@@ -248,7 +317,7 @@ def listing(connection: Connection) -> list[dict[str, Any]]:
                 "study": name,
                 "state": study.state,
                 "model": study.spec.model,
-                "trials": len(ranked),
+                "trials": sum(trial["source"] is None for trial in ranked),
                 "best": None if top is None else top["full_loss"] or top["loss"],
                 "spent": money(balances.spent),
                 "cap": money(balances.cap),

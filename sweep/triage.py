@@ -69,6 +69,23 @@ def projected_spend(money: Funds, trials: Sequence[TrialRow], projector: Project
     return balances.spent + balances.held + money.cost(beyond) + money.overhead + balances.reserve
 
 
+def affordable(
+    trial: TrialRow, trials: Sequence[TrialRow], results: Results, money: Funds, projector: Projector, eta: int
+) -> bool:
+    """Whether a trial that joins can reach its end although all others reach their next decision before it.
+
+    `money` is what there is when it has joined.
+    """
+    others = [t for t in trials if t.number != trial.number]
+    ahead = sum(projector.to_target(t).mean for t in others if t.state in {"live", "waiting"})
+    best = leader([*others, trial], results, eta)
+    if best is None or best.number != trial.number:
+        ahead += money.finish_seconds
+    if money.cost(ahead + projector.to_end(trial).mean) + money.overhead > money.left_now:
+        return False
+    return projected_spend(money, [*others, trial], projector) <= money.balances.cap
+
+
 def triage(
     money: Funds, trials: Sequence[TrialRow], results: Results, projector: Projector, eta: int
 ) -> list[tuple[TrialRow, str]]:

@@ -28,6 +28,9 @@ from sweep.slices import Lengths
 from sweep.store import Store
 from trainers.messages import UsageRecord, WorkerJob
 
+# Without a report for so long (or three tails, or six usual gaps) the next slice is not paid. A first step may compile
+# for minutes, but more than a slice is not bet on it.
+SILENCE_MS, LONG_SILENCE_MS = 15_000, 120_000
 DEATH_SECONDS = 30.0  # how long a fenced worker may take to die before it is killed by hand
 HEARTBEAT_MS = 1_000  # between two records of the watchdog
 DYING_MS = 250  # a worker outlives its watchdog by less: the kernel ends it (76 ms was the worst of 25)
@@ -52,13 +55,14 @@ class Workers:
             slots = seats.slots(self.study, records.workers(connection, self.study.name))
         saved = {m: self.projector.checkpoint(m).mean * (slots if m == "lora" else 1) for m in search.method}
         load = self.projector.load()
+        confirms = self.study.phase == "endgame" and self.study.spec.endgame.seeds > 0
         measured = self.projector.forecast.measured("load") > 0
         own = slices.slice_ms(cap, self.study.tariff.ceiling, max(saved.values()), self._longest_step(slots))
         return Lengths(
             load=round(1000 * (1.5 * load.mean if measured else 3 * load.mean)),
             expected_load=round(1000 * load.mean),
             slice=max(own, min(3 * gap_ms, slices.MAX_SLICE_MS)),
-            tail=slices.tail_ms(self.projector.tail(search.method, slots).high),
+            tail=slices.tail_ms(self.projector.tail(search.method, slots, confirms=confirms).high),
         )
 
     def now_ms(self, worker: WorkerRow) -> int:
@@ -128,6 +132,16 @@ class Workers:
         if until is None:
             return now, study.tariff
         return min(until, now), study.tariff.following(max(until - now, 0))
+
+    def renewal_due(self, worker: WorkerRow, lengths: Lengths, gap_ms: int) -> bool:
+        """Whether the next slice should be paid now; `gap_ms` is the longest recent silence between two reports."""
+        now = self.now_ms(worker)
+        loading = lengths.load if worker.state != "ready" else 0
+        patience = max(SILENCE_MS, min(lengths.slice, LONG_SILENCE_MS), 3 * lengths.tail, 6 * gap_ms, loading)
+        if now - worker.at_ms > patience:
+            return False  # alive is not enough: a hung worker's time is not paid on
+        # Early enough that the worker, which ends before a step that would pass work_ms, never has to.
+        return worker.work_ms - now < lengths.slice * 2 // 3
 
     def renew(self, worker: WorkerRow, lengths: Lengths) -> WorkerRow:
         """Settles the open slice and pays for the next; returns the worker's new row."""

@@ -12,7 +12,7 @@ from sweep.commands.common import json_option, print_json, reading, storage_opti
 @storage_option
 @json_option
 def command(study: str | None, storage: str, as_json: bool) -> None:
-    """The best trial: parameters, loss, cost, and where its weights are."""
+    """The best configuration: parameters, loss, cost, whether it is confirmed, and where its weights are."""
     from rich.console import Console
 
     from sweep import summary

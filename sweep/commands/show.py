@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import click
 
 from sweep.commands.common import json_option, print_json, reading, storage_option
@@ -15,15 +17,16 @@ from sweep.errors import NotFoundError, UsageError
 def command(what: tuple[str, ...], storage: str, as_json: bool) -> None:
     """A study's resolved spec, or one trial by its number.
 
-    `sweep show 3` is trial 3 of the latest study, `sweep show words` a study's spec, `sweep show words 3` its trial 3.
+    `sweep show 3` is trial 3 of the latest study, `sweep show words` a study's spec, `sweep show words 3` its trial 3,
+    `sweep show words 3.2` what repeats that under the second of the new seeds.
     """
     from rich.console import Console
 
     from sweep import records, summary
     from sweep.views import tables
 
-    names = [part for part in what if not part.isdecimal()]
-    numbers = [int(part) for part in what if part.isdecimal()]
+    numbers = [part.replace(".", "·") for part in what if re.fullmatch(r"\d+([.·]\d+)?", part)]
+    names = [part for part in what if part.replace(".", "·") not in numbers]
     if len(names) > 1 or len(numbers) > 1:
         raise UsageError(f"cannot show {' '.join(what)}", "write: sweep show [STUDY] [TRIAL]")
     with reading(storage, names[0] if names else None) as (connection, name):
@@ -35,7 +38,7 @@ def command(what: tuple[str, ...], storage: str, as_json: bool) -> None:
         else:
             tables.show_spec(Console(), name, study.spec.resolved(), study.facts)
         return
-    found = next((trial for trial in trials if trial["number"] == numbers[0]), None)
+    found = next((trial for trial in trials if numbers[0] in {trial["label"], str(trial["number"])}), None)
     if found is None:
         raise NotFoundError(f"study {name} has no trial {numbers[0]}", f"`sweep trials {name}` lists them")
     if as_json:

@@ -56,6 +56,12 @@ def glyphs(console: Console) -> Glyphs:
     return ASCII if console.options.ascii_only else UNICODE
 
 
+def label_of(trial: dict[str, Any], signs: Glyphs) -> str:
+    """A trial's number; of one that confirms another that one's number and which of the new seeds it has."""
+    label: str = trial["label"]
+    return label.replace("·", ".") if signs.ascii_only else label
+
+
 def loss_of(trial: dict[str, Any]) -> str:
     """A loss: over all validation rows with a star, over the rung's rows without; a dash when there is none."""
     if trial["full_loss"] is not None:

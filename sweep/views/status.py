@@ -19,6 +19,7 @@ from sweep.views.parts import (
     fit,
     flow,
     glyphs,
+    label_of,
     line,
     loss_of,
     percent,
@@ -94,7 +95,8 @@ def _progress(trial: dict[str, Any], goal: dict[int, int]) -> float | None:
     """How far it is from its last rung to the next; None while nothing tells how long that is."""
     before = trial["curve"][-1]["tokens"] if trial["curve"] else 0
     after = goal.get(trial["rung"] + 1)
-    if trial["rung"] + 1 == trial["last_rung"] and trial["step"]:
+    confirms = trial["source"] is not None  # without any rung before its end
+    if (confirms or trial["rung"] + 1 == trial["last_rung"]) and trial["step"]:
         # The end is known before anyone reached it: the run's examples are part of the configuration.
         config = trial["config"]
         after = round(trial["tokens"] * config["examples"] / (trial["step"] * config["batch_size"]))
@@ -117,7 +119,7 @@ def running(console: Console, status: dict[str, Any], goal: dict[int, int], rows
     ]
     scale = Scale.of([*trials, *([status["best"]] if status["best"] else [])])
     columns = [
-        Column("#", [str(t["number"]) for t in shown], right=True),
+        Column("#", [label_of(t, signs) for t in shown], right=True),
         Column("configuration", [t["in_words"] for t in shown], least=34),
         Column("rung", [rung_of(t) for t in shown], right=True),
         Column("to next", doing, styles=[STATE_STYLES.get(t["state"], "") for t in shown]),
@@ -153,7 +155,9 @@ def counts(console: Console, status: dict[str, Any]) -> Text:
     """How many trials are in which state; those that run are listed anyway."""
     found = [f"{len(status['running'])} running"] if status["running"] else []
     found += [f"{status['counts'][state]} {state}" for state in STATES[3:] if status["counts"].get(state)]
-    return line(console, f"{status['trials']} trials" + (f": {', '.join(found)}" if found else ""))
+    race = status["confirmations"]
+    more = f"; {race['done']} of {race['all']} runs under new seeds done" if race["all"] else ""
+    return line(console, f"{status['trials']} trials" + (f": {', '.join(found)}" if found else "") + more)
 
 
 def events(console: Console, status: dict[str, Any], last: int) -> list[Text]:

@@ -26,6 +26,7 @@ from sweep.views.parts import (
     figure,
     fit,
     glyphs,
+    label_of,
     loss_of,
     pairs,
     percent,
@@ -49,7 +50,7 @@ def show_trials(console: Console, study: str, trials: list[dict[str, Any]], limi
     shown, signs = trials[:limit], glyphs(console)
     scale = Scale.of(trials)
     columns = [
-        Column("#", [str(t["number"]) for t in shown], right=True),
+        Column("#", [label_of(t, signs) for t in shown], right=True),
         Column("configuration", [t["in_words"] for t in shown], least=34),
         Column("state", [t["state"] for t in shown], styles=[STATE_STYLES.get(t["state"], "") for t in shown]),
         Column("rung", [rung_of(t) for t in shown], right=True),
@@ -64,25 +65,39 @@ def show_trials(console: Console, study: str, trials: list[dict[str, Any]], limi
         whole(console, f"{len(trials) - len(shown)} more: sweep trials {study}", "dim")
     if any(t["full_loss"] is not None for t in shown):
         say(console, "* loss over all validation rows; without a star over the rung's rows alone", "dim")
+    if any(t["source"] is not None for t in shown):
+        dot = "." if signs.ascii_only else "·"
+        say(console, f"12{dot}2 is trial 12 once more, under the second of the new seeds that confirm it", "dim")
     if any(t["loss"] is None for t in shown):
         say(console, f"- no loss: not evaluated yet, or diverged; why: sweep show {study} NUMBER", "dim")
 
 
 def show_best(console: Console, best: dict[str, Any], next_command: str) -> None:
     """Prints the best trial, what it gains, what it cost and how its weights are loaded."""
-    trial = best["trial"]
+    trial, confirmation = best["trial"], best["confirmation"]
     reached = "trained to its end" if best["trained_to_its_end"] else f"{trial['state']} at rung {rung_of(trial)}"
-    say(console, f"study {best['study']}: the best is trial {trial['number']}, {reached}", "bold")
+    if confirmation is None:
+        say(console, f"study {best['study']}: the best is trial {trial['number']}, {reached}; not confirmed", "bold")
+    else:
+        confirmed = f"confirmed over {confirmation['seeds']} other seeds"
+        say(console, f"study {best['study']}: the best is trial {trial['number']}, {confirmed}", "bold")
     base, gain = best["base_loss"], best["gain"]
-    rows = [("loss", f"{figure(best['loss'])} over {best['rows']}")]
+    rows = [] if confirmation is None else _tested(confirmation, best["metric"])
+    rows.append(("loss", f"{figure(best['loss'])} over {best['rows']}"))
     if base is not None and gain is not None:
         words = f"{percent(gain)} below" if gain >= 0 else f"{percent(-gain)} ABOVE"
         rows.append(("untrained", f"{figure(base)} over the same rows; the trial is {words}"))
     else:
         rows.append(("untrained", "not evaluated yet"))
     rows.append(("cost", usd(trial["cost"]["micros"])))
+    if confirmation is not None:
+        rows[-1] = ("cost", f"{rows[-1][1]} in the search, {usd(confirmation['cost']['micros'])} to confirm it")
     rows.append(("trained", f"{trial['tokens']:,} tokens in {trial['step']:,} steps"))
     pairs(console, [*rows, *_parameters(trial)])
+    if confirmation is not None:
+        trial = confirmation["export"]
+        label = label_of(trial, glyphs(console))
+        say(console, f"what follows is run {label}, the best of its runs on the validation rows", "dim")
     _folder(console, trial)
     if trial["folder"] is not None:
         lora = trial["config"]["method"] == "lora"
@@ -94,10 +109,30 @@ def show_best(console: Console, best: dict[str, Any], next_command: str) -> None
     whole(console, f"next: {next_command}", "dim")
 
 
+def _tested(confirmation: dict[str, Any], metric: str) -> list[tuple[str, str]]:
+    """Means over seeds on the test rows, with the standard deviation over seeds, beside the untrained model's."""
+    if confirmation["test"] is None:
+        return [("test", "not scored")]
+    rows = []
+    for what, name in (("metric", metric), ("loss", "loss")):
+        if what not in confirmation["test"]:
+            continue
+        found = confirmation["test"][what]
+        words = f"{name} {figure(found['mean'])}, sd {figure(found['sd'])} over {confirmation['seeds']} seeds"
+        if found["untrained"] is not None:
+            words += f"; untrained {figure(found['untrained'])}"
+        if what == "metric" and found["majority"] is not None:
+            words += f"; the most frequent answer alone {figure(found['majority'])}"
+        rows.append(("test", words))
+    return rows
+
+
 def show_trial(console: Console, trial: dict[str, Any]) -> None:
     """Prints everything about one trial."""
-    say(console, f"trial {trial['number']}: {trial['in_words']}", "bold")
+    say(console, f"trial {label_of(trial, glyphs(console))}: {trial['in_words']}", "bold")
     rows = [("state", trial["state"]), ("reason", trial["reason"] or "-")]
+    if trial["source"] is not None:
+        rows.append(("confirms", f"trial {trial['source']}, under another seed"))
     rows.append(("rung", f"{rung_of(trial)}, {trial['tokens']:,} tokens in {trial['step']:,} steps"))
     if trial["full_loss"] is not None:
         rows.append(("loss", f"{figure(trial['full_loss'])} over all validation rows"))
@@ -105,6 +140,9 @@ def show_trial(console: Console, trial: dict[str, Any]) -> None:
         rows.append(("loss", f"{figure(trial['loss'])} over the rung's validation rows"))
     else:
         rows.append(("loss", "none: not evaluated yet, or diverged"))
+    if trial["metric"] is not None:
+        error = "" if trial["metric_error"] is None else f", standard error {figure(trial['metric_error'])}"
+        rows.append(("metric", f"{figure(trial['metric'])}{error}"))
     if trial["train_loss"] is not None:
         rows.append(("train loss", figure(trial["train_loss"])))
     rows.append(("cost", usd(trial["cost"]["micros"])))
@@ -176,7 +214,8 @@ def show_statement(console: Console, statement: dict[str, Any], *, everything: b
     trials = sorted(statement["trials"], key=lambda t: (-t["micros"], t["number"]))
     listed = trials if everything or len(trials) <= LINES else trials[:LINES]
     others = trials[len(listed) :]
-    rows = [(f"trial {t['number']}", t["in_words"], t["state"], t["micros"]) for t in listed]
+    signs = glyphs(console)
+    rows = [(f"trial {label_of(t, signs)}", t["in_words"], t["state"], t["micros"]) for t in listed]
     if others:
         rows.append(
             (f"{len(others)} others", "the smaller ones: --all lists them", "", sum(t["micros"] for t in others))
@@ -202,7 +241,13 @@ def show_statement(console: Console, statement: dict[str, Any], *, everything: b
         Column("of spent", shares, right=True),
     ]
     say(console, f"study {statement['study']}: where the money went", "bold")
-    console.print(fit(columns, console.width, glyphs(console)))
+    console.print(fit(columns, console.width, signs))
+    if statement["confirmation"]["micros"]:
+        confirmed = statement["confirmation"]["micros"]
+        say(
+            console,
+            f"confirmation: {usd(confirmed, 6)} of what was spent ({percent(confirmed / spent)}), under other seeds",
+        )
     for words in _machine(statement["machine"], statement["unit"], spent + overrun):
         say(console, words)
     if statement["occupancy"] is not None:

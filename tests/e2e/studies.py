@@ -78,11 +78,13 @@ def write_spec(
     name: str = "words",
     machine: dict[str, Any] | None = None,
     reserve: str | None = None,
+    endgame: dict[str, Any] | None = None,
     **search: Any,
 ) -> Path:
     """Writes a spec on recorded curves and returns its path.
 
-    `sleep` is real seconds a token; `machine` replaces or adds keys of that section.
+    `sleep` is real seconds a token; `machine` replaces or adds keys of that section. Without `endgame` nothing is
+    confirmed, so that a study is its search alone.
     """
     (folder / "curves.json").write_text(json.dumps(CURVES | {"sleep_seconds_per_token": sleep}))
     (folder / "timings.json").write_text(json.dumps(TIMINGS))
@@ -94,6 +96,7 @@ def write_spec(
         "machine": rented,
         "budget": {"cap": cap} | ({"reserve": reserve} if reserve else {}),
         "search": {"epochs": 0.125, "learning_rate": {"low": 1e-5, "high": 1e-2}} | search,
+        "endgame": endgame or {"seeds": 0},
     }
     path = folder / f"{name}.yaml"
     path.write_text(json.dumps(spec))  # JSON is YAML

@@ -30,6 +30,7 @@ def tiny_spec(folder: Path) -> Path:
         "data": {"train": str(folder / "rows.jsonl"), "max_tokens": 128},
         "machine": {"price": "$0.60/hour", "device": "cpu", "threads": 1, "slots": 4},
         "budget": {"cap": "$0.20"},
+        "endgame": {"seeds": 0},
         "search": {"rank": [4, 8, 16], "alpha": [8, 16], "batch_size": [2, 4], "learning_rate": [1e-3, 3e-3]}
         | {"epochs": 3, "rungs": [0.2, 0.5], "trials": 8, "live": 2},
     }

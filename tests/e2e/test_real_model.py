@@ -25,6 +25,7 @@ def real_spec(folder: Path, **search: object) -> Path:
         "data": {"train": str(folder / "define.jsonl"), "validation": 0.1, "test": 0.1, "max_tokens": 128},
         "machine": {"price": "$0.60/hour"},
         "budget": {"cap": "$0.10"},
+        "endgame": {"seeds": 0},
         "search": {"rank": 8, "alpha": 16, "targets": "all-linear", "learning_rate": [1e-3, 2e-3], "batch_size": 4}
         | {"epochs": 0.3, "rungs": [0.5], "trials": 2}
         | search,

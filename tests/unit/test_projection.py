@@ -39,6 +39,7 @@ def trial(number: int, **values: Any) -> TrialRow:
 def measured(tokens: int, seconds: float, *, final: bool = False) -> SimpleNamespace:
     """What the worker says of a stretch of 1,000 tokens that ended at `tokens`."""
     row = {"tokens": tokens, "train_tokens": 1_000, "train_ms": round(1000 * seconds), "checkpoint_ms": 100}
+    row |= {"examine_ms": 0}
     return SimpleNamespace(**row, width=1.0, evaluate_tokens=300, evaluate_ms=500, full_loss=2.0 if final else None)
 
 
@@ -151,7 +152,7 @@ def connection(tmp_path: Path) -> Iterator[Connection]:
     recording = {"parameters": 10_000_000, "train_rows": 800, "validation_rows": 64, "validation_tokens": 1_300}
     (tmp_path / "curves.json").write_text(json.dumps(recording | {"tokens_per_example": 20}))
     values = {"study": "words", "model": f"replay:{tmp_path / 'curves.json'}", "data": {"train": "recorded"}}
-    values |= {"machine": {"price": "$1/hour"}, "budget": {"cap": "$1"}}
+    values |= {"machine": {"price": "$1/hour"}, "endgame": {"seeds": 0}, "budget": {"cap": "$1"}}
     spec = validate(values, "here")
     store = Store(f"sqlite:///{tmp_path}/studies.db", create=True)
     launch.create(store, spec, launch.look(spec, tmp_path), pricing.quote(spec), tmp_path / "words", ("boot", 0))

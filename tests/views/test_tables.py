@@ -11,7 +11,7 @@ import pytest
 import yaml
 from rich.cells import cell_len
 from rich.console import Console
-from view_samples import a_best, a_statement, a_status, a_trial, an_outline, money, some_trials
+from view_samples import a_best, a_confirmation, a_statement, a_status, a_trial, an_outline, money, some_trials
 
 from sweep.views import tables
 
@@ -38,6 +38,11 @@ VIEWS: dict[str, Show] = {
     "few trials": lambda c: tables.show_trials(c, "words", some_trials(12), 5),
     "no trials": lambda c: tables.show_trials(c, "words", [], None),
     "best": lambda c: tables.show_best(c, a_best(a_trial(4)), "sweep show words 4"),
+    "best confirmed": lambda c: tables.show_best(
+        c, a_best(a_trial(4)) | {"confirmed": True, "confirmation": a_confirmation(4)}, "sweep show words 4"
+    ),
+    "confirmation": lambda c: tables.show_trial(c, a_confirmation(4)["runs"][1] | {"metric": 0.5, "metric_error": 0.1}),
+    "confirmations": lambda c: tables.show_trials(c, "words", [*some_trials(4), *a_confirmation(4)["runs"]], None),
     "best paused": lambda c: tables.show_best(c, a_best(a_trial(3, "paused"), None), "sweep show words 3"),
     "trial": lambda c: tables.show_trial(c, a_trial(4)),
     "diverged": lambda c: tables.show_trial(c, a_trial(5, "pruned", diverged=True)),
@@ -128,6 +133,14 @@ def test_best_says_how_it_compares() -> None:
     assert "% ABOVE" in worse
 
 
+def test_a_run_under_a_new_seed_is_on_its_way_to_its_end() -> None:
+    """Proves that its progress is a share of the whole run: it has no rung before its end."""
+    run = a_trial(2, "live") | {"label": "1·2", "source": 1, "rung": -1, "curve": [], "tokens": 2_000, "step": 50}
+    run["config"] |= {"batch_size": 2}
+    text = rendered(lambda c: tables.show_status(c, a_status([run])))
+    assert re.search(r"^1·2 .* live 40%", text, re.M) and "3 of 9 runs under new seeds done" in text
+
+
 def _dollars(text: str) -> dict[str, list[Decimal]]:
     """Amounts with six decimals by the first word of their line."""
     found: dict[str, list[Decimal]] = {}
@@ -153,7 +166,7 @@ def test_a_statement_adds_up(costs: list[int], cap: int, everything: bool, width
     assert sum(parts) == found["SPENT"][0] == Decimal(statement["spent"]["usd"])
     assert sum(found[name][0] for name in ("SPENT", "held", "left")) == found["CAP"][0]
     assert len(found.get("trial", [])) == (len(costs) if everything else min(len(costs), 15))
-    ends = {match.end() for match in re.finditer(r"(?m)^(?!machine).*?[\d,]+\.\d{6}\b", text)}
+    ends = {match.end() for match in re.finditer(r"(?m)^(?!machine|confirmation).*?[\d,]+\.\d{6}\b", text)}
     ends = {end - text.rindex("\n", 0, end) for end in ends}
     assert len(ends) == 1  # the points stand in line
     assert f"= ${Decimal(statement['spent']['usd']):,.6f}" in text

@@ -39,6 +39,10 @@ def a_trial(number: int, state: str = "completed", *, cost: int = 2_518, diverge
     parked = "ranked 28 of 38 at 320 tokens; parking its full state costs more than repeating its work"
     return {
         "number": number,
+        "label": str(number),
+        "source": None,
+        "metric": None,
+        "metric_error": None,
         "state": state,
         "in_words": "full lr 2.1e-3 b16" if full else f"lora r{rank} a{alpha:g} {targets} lr 2.1e-3 b16",
         "config": config,
@@ -78,7 +82,19 @@ def a_best(trial: dict[str, Any], base: float | None = 4.8) -> dict[str, Any]:
         "gain": None if base is None else 1 - loss / base,
         "trained_to_its_end": finished,
         "rows": "all validation rows" if finished else "the rung's validation rows",
+        "metric": "exact_match",
+        "confirmed": False,
+        "confirmation": None,
     }
+
+
+def a_confirmation(number: int) -> dict[str, Any]:
+    """What the runs of a trial under new seeds came to."""
+    runs = [a_trial(number, cost=9_876) | {"label": f"{number}·{n}", "source": number} for n in (1, 2, 3)]
+    metric = {"mean": 0.6412, "sd": 0.0123, "untrained": 0.0312, "majority": 0.25}
+    loss = {"mean": 2.7011, "sd": 0.0101, "untrained": 4.7812, "majority": None}
+    test = {"metric": metric, "loss": loss}
+    return {"seeds": 3, "runs": runs, "validation": {}, "test": test, "cost": money(29_628), "export": runs[1]}
 
 
 def a_statement(costs: Sequence[int], *, cap: int, rate: int = 3_600_000, overrun: int = 0) -> dict[str, Any]:
@@ -93,9 +109,16 @@ def a_statement(costs: Sequence[int], *, cap: int, rate: int = 3_600_000, overru
         "machine": {"spans": [{"micros_per_hour": rate, "ms": spent + overrun}], "cost": money(spent + overrun)},
         "occupancy": 0.9731,
         "trials": [
-            {"number": t["number"], "in_words": t["in_words"], "state": t["state"], **money(micros)}
+            {
+                "number": t["number"],
+                "label": t["label"],
+                "in_words": t["in_words"],
+                "state": t["state"],
+                **money(micros),
+            }
             for t, micros in zip(trials, costs, strict=True)
         ],
+        "confirmation": money(sum(costs) // 3),
         "overhead": {name: money(micros) for name, micros in overhead.items()},
         "idle": money(13_996),
         "spent": money(spent),
@@ -136,6 +159,7 @@ def a_status(trials: list[dict[str, Any]], *, cap: int = 60_000, frozen: bool = 
         "base_loss": 4.8,
         "trials": len(trials),
         "counts": counts,
+        "confirmations": {"done": 3, "all": 9},
         "running": running,
         "best": evaluated[0] if evaluated else None,
         "events": [{"unix_ms": 1_795_480_952_000 + n, "kind": "paused", "text": t} for n, t in enumerate(texts)],
