@@ -181,12 +181,14 @@ def _measure(study: Study, confirmed: Sequence[Confirmed], base: Scored | None) 
 def chosen(measure: Measure, confirmed: Sequence[Confirmed]) -> Confirmed | None:
     """The best by the validation rows: by the mean over common seeds, of those that were confirmed over enough.
 
-    Enough are three seeds, or as many as anyone has; who left the race early has fewer, because it was behind.
+    Enough are three seeds, or as many as anyone has; who left the race early has fewer, because it was behind. One that
+    failed under a seed is chosen only where every other one did too.
     """
     if not confirmed:
         return None
-    enough = min(max(len(one.runs) for one in confirmed), verdict.MIN_SEEDS)
-    kept = [one for one in confirmed if len(one.runs) >= enough]
+    sound = [one for one in confirmed if not one.failed] or confirmed
+    enough = min(max(len(one.runs) for one in sound), verdict.MIN_SEEDS)
+    kept = [one for one in sound if len(one.runs) >= enough]
     common = set.intersection(*(set(one.runs) for one in kept))
 
     def mean(one: Confirmed) -> float:

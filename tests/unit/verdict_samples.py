@@ -97,6 +97,7 @@ def write(
     peaks: bool = True,
 ) -> str:
     """Writes the study `words` into folder/studies.db and returns the database's URL. `changes`: parts of the spec."""
+    folder.mkdir(exist_ok=True)
     url = f"sqlite:///{folder}/studies.db"
     values = {
         "study": "words",
