@@ -17,6 +17,7 @@ VERBS = {
     "status": "Budget, projection and what runs.",
     "trials": "All trials, best first.",
     "best": "The best trial and where its weights are.",
+    "compare": "LoRA or full training: the verdict, with its cost.",
     "show": "A study's resolved spec, or one trial.",
     "statement": "Where every cent went.",
     "list": "The studies of this database.",
