@@ -284,6 +284,9 @@ class Workers:
             stop_command=spec.machine.stop_command,
             slots=None if spec.machine.slots == "auto" else spec.machine.slots,
             max_rank=max(spec.search.rank),
+            optimizer=spec.full.optimizer,
+            checkpointing=bool(self.study.facts.get("checkpointing")),
+            processes=spec.full.processes,
         )
 
     def _rest(self, connection: Connection, worker: WorkerRow) -> list[str]:

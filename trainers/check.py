@@ -46,9 +46,10 @@ def _device() -> dict[str, Any]:
 
     cores = os.process_cpu_count() if sys.version_info >= (3, 13) else len(os.sched_getaffinity(0))
     if not torch.cuda.is_available():
-        return {"device": "cpu", "cpu_cores": cores, "gpu_memory_bytes": None}
+        return {"device": "cpu", "cpu_cores": cores, "gpus": 0, "gpu_memory_bytes": None}
     properties = torch.cuda.get_device_properties(0)
-    return {"device": properties.name, "cpu_cores": cores, "gpu_memory_bytes": properties.total_memory}
+    memory, count = properties.total_memory, torch.cuda.device_count()
+    return {"device": properties.name, "cpu_cores": cores, "gpus": count, "gpu_memory_bytes": memory}
 
 
 def _shape(model: Any) -> dict[str, Any] | None:

@@ -14,7 +14,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trainers.lora.attention import NAME, packed, packed_attention
 from trainers.lora.bank import Layout, Slot
-from trainers.lora.gpu import layers_of
 from trainers.lora.linear import PackedGroup, pack, unpack
 from trainers.lora.models import find_groups
 from trainers.lora.runner import CpuRunner
@@ -22,7 +21,7 @@ from trainers.lora.stream import Part
 from trainers.memory import Shape, layer_token, slot_bytes
 from trainers.messages import Targets, TrialConfig
 from trainers.models import Base
-from trainers.shapes import shape_of
+from trainers.shapes import layers_of, shape_of
 from trainers.splits import Split
 
 TOKENS = 128
