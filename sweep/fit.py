@@ -351,19 +351,27 @@ def _check_slots(spec: Spec, shape: Shape, card: Card, longest: int, corrections
 
 
 def learned(connection: Connection, model: str, device: str) -> dict[Method, Correction]:
-    """Corrections by method from the peaks that earlier studies of this model on this GPU measured."""
+    """Corrections by method from the peaks that earlier studies of this model on this GPU measured.
+
+    `device` is a GPU's own name, or one of the price list.
+    """
     predicted: dict[Method, list[Peak]] = defaultdict(list)
     measured: dict[Method, list[int]] = defaultdict(list)
     studies = connection.execute(select(tables.study.c.name, tables.study.c.spec, tables.study.c.facts))
     for name, spec_text, facts_text in studies.all():
         facts, spec = json.loads(facts_text), json.loads(spec_text)
-        if spec["model"] != model or facts.get("device") != device or not facts.get("shape"):
+        if spec["model"] != model or not facts.get("shape") or not _is(facts["device"], device):
             continue
         for config, width, bytes_ in _peaks(connection, name):
             if (setup := _setup_of(config, width, Spec.model_validate(spec), facts)) is not None:
                 predicted[config.method].append(peak(Shape(**facts["shape"]), setup))
                 measured[config.method].append(bytes_)
     return {method: correct(peaks, measured[method]) for method, peaks in predicted.items()}
+
+
+def _is(device: str, named: str) -> bool:
+    """Whether a device is of the named kind: `NVIDIA H100 80GB HBM3` is an H100-80GB."""
+    return device == named or named.split("-")[0].upper() in device.upper().replace(" ", "")
 
 
 def _peaks(connection: Connection, study: str) -> list[tuple[TrialConfig, float, int]]:

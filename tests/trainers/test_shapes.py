@@ -210,3 +210,15 @@ def test_adapters_are_counted(targets: Targets) -> None:
     state = slot.optimizer.state[slot.weights]
     buffers = [slot.weights, slot.gradient, slot.copy, state["exp_avg"], state["exp_avg_sq"]]
     assert slot_bytes(shape("Qwen3", 2), targets, 20) == sum(t.untyped_storage().nbytes() for t in buffers)
+
+
+def test_constants_are_the_engines() -> None:
+    """Proves that the torch-free planner counts with what the engines compute with."""
+    from trainers import memory, training
+    from trainers.lora import bank, head, probe
+
+    assert training.MICRO_TOKENS["cuda"] == memory.MICRO_TOKENS
+    assert (memory.SHORTEST_STREAM, memory.ADAPTER_BYTES) == (probe.SHORTEST, probe.BYTES)
+    assert [memory.padded(rank) for rank in range(1, 300)] == [bank.padded(rank) for rank in range(1, 300)]
+    for vocabulary in (512, 32_000, 49_152, 128_256, 152_064, 262_144, 600_000):
+        assert memory.head_rows(vocabulary) == head.chunk_of(vocabulary, "cuda")

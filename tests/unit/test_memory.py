@@ -341,6 +341,7 @@ def test_corrections_come_from_earlier_studies(connection: Connection) -> None:
     measured_study(connection, "other-model", seen, model="n")
     measured_study(connection, "other-card", seen | {"device": "NVIDIA A100"})
     found = fit.learned(connection, "m", seen["device"])
+    assert found == fit.learned(connection, "m", "H100-80GB") and fit.learned(connection, "m", "H200-141GB") == {}
     assert found["lora"].measured == found["full"].measured == 1
     assert found["lora"].factor == pytest.approx(1.3**0.5, rel=1e-3)
     assert found["full"].factor == pytest.approx(2**0.5, rel=1e-3)
