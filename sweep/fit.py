@@ -145,7 +145,7 @@ def listed_card(gpu: str) -> Card | None:
 def pick_card(spec: Spec, facts: Mapping[str, Any], stated: int | None) -> Card:
     """The GPU that is meant: of stated memory (bytes), the named one, or this machine's. Raises UsageError."""
     if stated is not None:
-        return Card(spec.machine.gpu or "the GPU", stated, "--memory")
+        return Card("a GPU", stated, "--memory")
     if spec.machine.gpu is not None and (card := listed_card(spec.machine.gpu)) is not None:
         return card
     if facts["gpu_memory_bytes"] is not None:
