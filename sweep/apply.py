@@ -56,6 +56,9 @@ def _ready(connection: Connection, study: Study, worker: WorkerRow, event: Ready
     records.set_worker(
         connection, worker.id, state="ready", slots=event.slots, device=event.device, load_ms=event.at_ms
     )
+    if event.stream_tokens is not None:  # what measured peaks are compared with (sweep/fit.py)
+        facts = records.study(connection, study.name).facts | {"stream_tokens": event.stream_tokens}
+        records.set_study(connection, study.name, facts=json.dumps(facts))
     text = f"worker {worker.ordinal} is ready on {event.device} after {event.at_ms / 1000:.1f} s"
     records.note(connection, study.name, "ready", text)
 

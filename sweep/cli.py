@@ -25,6 +25,7 @@ VERBS = {
     "reprice": "Tell a study that its machine's price has changed.",
     "audit": "Check every invariant of the ledger; silent when all hold.",
     "prices": "Listed machine prices.",
+    "fit": "What fits on a GPU, and what would make the rest fit.",
     "help": "Exit codes and other topics.",
 }
 

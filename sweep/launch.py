@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 
 from budgets.ledger import Ledger
 from budgets.money import usd
-from sweep import clock, pricing, records, tables
+from sweep import clock, fit, pricing, records, tables
 from sweep.audit import MARK
 from sweep.errors import DiskError, SweepError, UnusableError, UsageError
 from sweep.plan import lengths
@@ -69,7 +70,22 @@ def _checked(spec: Spec, folder: Path) -> dict[str, Any]:
         (folder / "check.json").write_text(json.dumps(request, indent=1))
     except OSError as error:
         raise DiskError(f"{folder} cannot be written: {error.strerror}", "work in another folder") from error
-    command = [sys.executable, "-m", "trainers.check", str(folder / "check.json")]
+    answer = _answer(folder / "check.json")
+    return answer | {"cores": answer["cpu_cores"]}
+
+
+def look_at_model(spec: Spec) -> dict[str, Any]:
+    """What is seen of a model by its configuration alone, and of this machine. Raises UnusableError."""
+    if spec.model.startswith("replay:"):
+        raise UnusableError(f"{spec.model} is a recording, which needs no GPU", "name a model's folder or a hub id")
+    with tempfile.TemporaryDirectory() as temporary:
+        request = Path(temporary) / "check.json"
+        request.write_text(json.dumps({"model": spec.model}))
+        return _answer(request)
+
+
+def _answer(request: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "trainers.check", str(request)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_SECONDS, check=False)
         answer: dict[str, Any] = json.loads(done.stdout)
@@ -81,7 +97,7 @@ def _checked(spec: Spec, folder: Path) -> dict[str, Any]:
     if not answer["ok"]:
         kind = DiskError if answer["kind"] == "disk" else UnusableError
         raise kind(answer["message"], answer.get("hint", ""))
-    return answer | {"cores": answer["cpu_cores"]}
+    return answer
 
 
 def _replayed(spec: Spec) -> dict[str, Any]:
@@ -116,6 +132,16 @@ def compare_gpu(spec: Spec, facts: dict[str, Any]) -> None:
     if model not in device.upper().replace(" ", ""):
         has = "has no GPU" if device == "cpu" else f"has a {device}"
         raise UsageError(f"the spec names a {named}, this machine {has}", "correct machine.gpu, or add --anyway")
+
+
+def settle_memory(store: Store, spec: Spec, facts: dict[str, Any]) -> None:
+    """Refuses what can't fit on this machine's GPU, and adds to the facts how full-parameter trials are trained.
+
+    Raises SpecError.
+    """
+    with store.read() as connection:
+        corrections = fit.learned(connection, spec.model, facts["device"])
+    facts |= fit.settle(spec, facts, corrections)
 
 
 def create(store: Store, spec: Spec, facts: dict[str, Any], quote: Quote, folder: Path, boot: tuple[str, int]) -> Study:

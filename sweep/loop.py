@@ -14,7 +14,7 @@ from pathlib import Path
 
 from budgets.ledger import Ledger
 from budgets.money import usd
-from sweep import current, endgame, pricing, records, rungs, seats, space, tables, telling, triage
+from sweep import current, endgame, feasibility, pricing, records, rungs, seats, space, tables, telling, triage
 from sweep.apply import apply
 from sweep.current import Current
 from sweep.endgame import Race
@@ -415,7 +415,7 @@ class Sweep:
     def _ask(self, trials: list[TrialRow], results: Results) -> bool:
         """Asks for a new trial; True if there is one more to consider."""
         search = self.study.spec.search
-        if self.study.phase != "search" or self._refused >= MAX_REFUSED:
+        if self.study.phase != "search" or self._refused >= MAX_REFUSED or feasibility.exhausted(trials):
             return False
         if search.trials is not None and len(trials) >= search.trials:
             return False
@@ -425,18 +425,17 @@ class Sweep:
         cheapest = [space.typical(method, search, examples, seed, number) for method in search.method]
         if not any(self._affordable(records.newcomer(config), trials, results) for config in cheapest):
             return False
-        paused = {t.number: t.rung for t in trials if t.state == "paused"}
-        diverged = {t.number for t in trials if t.diverged}
-        _, chosen = self.memory.ask(number, lambda trial: space.suggest(trial, search), paused, diverged)
+        _, chosen = self.memory.ask(number, lambda trial: space.suggest(trial, search), *feasibility.view(trials))
         config = space.config(number, chosen, search, examples, seed)
+        hopeless = feasibility.refusal(config, trials)
         affordable = self._affordable(records.newcomer(config), trials, results)
         with self.store.write() as connection:
             records.add_trial(connection, self.name, config, records.next_turn(trials))
             records.note(connection, self.name, "asked", f"trial {number}: {space.describe(config)}", number)
-        if affordable:
-            self._refused = 0
-        else:
-            self._refused += 1
+        self._refused = 0 if affordable or hopeless else self._refused + 1
+        if hopeless:
+            self._end(records.newcomer(config), "failed", hopeless)
+        elif not affordable:
             money = self._funds(trials, results)
             end = usd(money.cost(self.projector.to_end(records.newcomer(config)).mean))
             left = usd(max(money.left_now, 0))

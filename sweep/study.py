@@ -3,7 +3,8 @@
 Our tables are the truth; everything here can be replayed. A paused trial stays RUNNING in Optuna's storage, because a
 trial that was told is final, while the sampler is shown it as PRUNED at its last rung: TPE's constant liar would count
 a RUNNING trial among the bad ones. A diverged trial is shown PRUNED without values; told as FAIL it would be ignored
-and the sampler would walk into the same region again.
+and the sampler would walk into the same region again. One that ran out of memory violates a constraint besides, which
+puts it behind all that were feasible.
 """
 
 from __future__ import annotations
@@ -78,14 +79,16 @@ class Memory:
         suggest: Callable[[Trial], dict[str, Any]],
         paused: Mapping[int, int],
         diverged: Container[int],
+        infeasible: Container[int] = (),
     ) -> tuple[int, dict[str, Any]]:
         """Asks for the trial number `expected` and returns it with its parameters.
 
         A trial that was asked just before a crash, so that nobody knows it, is adopted. `paused` maps trial numbers to
-        their last rung. The sampler's randomness comes from (study seed, number) alone.
+        their last rung. `infeasible` ones ran out of memory. The sampler's randomness comes from (study seed, number)
+        alone.
         """
         with _reachable():
-            return self._ask(expected, suggest, paused, diverged)
+            return self._ask(expected, suggest, paused, diverged, infeasible)
 
     def _ask(
         self,
@@ -93,8 +96,9 @@ class Memory:
         suggest: Callable[[Trial], dict[str, Any]],
         paused: Mapping[int, int],
         diverged: Container[int],
+        infeasible: Container[int],
     ) -> tuple[int, dict[str, Any]]:
-        self._study.view = lambda trials: [_shown(t, paused, diverged) for t in trials]
+        self._study.view = lambda trials: [_shown(t, paused, diverged, infeasible) for t in trials]
         self._study.sampler = self._sampler(expected)
         known = self._study.get_trials(deepcopy=False)
         trial = self._adopt(known[expected]) if len(known) > expected else self._study.ask()
@@ -150,12 +154,14 @@ class Memory:
             return TPESampler(seed=int.from_bytes(digest[:4], "big"), multivariate=True, group=True, constant_liar=True)
 
 
-def _shown(trial: FrozenTrial, paused: Mapping[int, int], diverged: Container[int]) -> FrozenTrial:
-    hidden = trial.number in diverged
+def _shown(
+    trial: FrozenTrial, paused: Mapping[int, int], diverged: Container[int], infeasible: Container[int]
+) -> FrozenTrial:
+    hidden = trial.number in diverged or trial.number in infeasible
     if not hidden and trial.number not in paused:
         return trial
     values = {} if hidden else {s: v for s, v in trial.intermediate_values.items() if s <= paused[trial.number]}
-    return FrozenTrial(
+    shown = FrozenTrial(
         number=trial.number,
         state=TrialState.PRUNED,
         value=None,
@@ -164,7 +170,10 @@ def _shown(trial: FrozenTrial, paused: Mapping[int, int], diverged: Container[in
         params=trial.params,
         distributions=trial.distributions,
         user_attrs=trial.user_attrs,
-        system_attrs=trial.system_attrs,
+        system_attrs=dict(trial.system_attrs),
         intermediate_values=values,
         trial_id=trial._trial_id,
     )
+    if trial.number in infeasible:
+        shown.set_constraint("memory", 1.0)  # over zero is violated
+    return shown

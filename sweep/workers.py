@@ -302,6 +302,9 @@ class Workers:
             metric=spec.objective.metric,
             choices=None if spec.objective.choices is None else list(spec.objective.choices),
             max_new_tokens=spec.objective.max_new_tokens,
+            optimizer=spec.full.optimizer,
+            checkpointing=bool(self.study.facts.get("checkpointing")),
+            processes=spec.full.processes,
         )
 
     def _rest(self, connection: Connection, worker: WorkerRow) -> list[str]:

@@ -5,15 +5,17 @@ The request is an object with `model`, `train`, `validation`, `test` (a share, a
 `retention` (a file or data set), `metric` (validation_loss, exact_match, accuracy, module:function) and `choices` (of
 accuracy). The answer is one line of JSON on stdout, and nothing else is written there:
 
-    {"ok": true, "parameters": ..., "data": {...}, ...}                               exit code 0
+    {"ok": true, "parameters": ..., "shape": {...}, "data": {...}, ...}                         exit code 0
     {"ok": false, "kind": "model" | "data" | "objective", "message": "...", "hint": "..."}      exit code 7
-    {"ok": false, "kind": "disk", "message": "...", "hint": "..."}                    exit code 8
+    {"ok": false, "kind": "disk", "message": "...", "hint": "..."}                              exit code 8
 
-No weights are loaded: the model is built on torch's meta device, and of its weights files the headers are opened.
+No weights are loaded: the model is built on torch's meta device, and of its weights files the headers are opened. A
+request of `model` alone asks for its shape (`trainers/memory.py`), for which its config.json is enough.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -45,9 +47,32 @@ def _device() -> dict[str, Any]:
 
     cores = os.process_cpu_count() if sys.version_info >= (3, 13) else len(os.sched_getaffinity(0))
     if not torch.cuda.is_available():
-        return {"device": "cpu", "cpu_cores": cores, "gpu_memory_bytes": None}
+        return {"device": "cpu", "cpu_cores": cores, "gpus": 0, "gpu_memory_bytes": None}
     properties = torch.cuda.get_device_properties(0)
-    return {"device": properties.name, "cpu_cores": cores, "gpu_memory_bytes": properties.total_memory}
+    memory, count = properties.total_memory, torch.cuda.device_count()
+    return {"device": properties.name, "cpu_cores": cores, "gpus": count, "gpu_memory_bytes": memory}
+
+
+def _shape(model: Any) -> dict[str, Any] | None:
+    """The model's shape; None where its code does not run without weights: what it needs is not predicted then."""
+    from trainers.models import ModelError
+    from trainers.shapes import shape_of
+
+    try:
+        return dataclasses.asdict(shape_of(model))
+    except ModelError:
+        return None
+
+
+def model_alone(name: str) -> dict[str, Any]:
+    """What is seen of a model by its configuration. Raises ModelError."""
+    from trainers import models
+    from trainers.shapes import shape_of
+
+    config = models.load_config(models.resolve(name, ["config.json"]))
+    model = models.skeleton(config)
+    models.head_of(model)
+    return {"parameters": model.num_parameters(), "shape": dataclasses.asdict(shape_of(model)), **_device()}
 
 
 def check(request: dict[str, Any]) -> dict[str, Any]:
@@ -92,6 +117,7 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
         "layers": text.num_hidden_layers,
         "vocabulary": text.vocab_size,
         "model_type": config.model_type,
+        "shape": _shape(model),
         **_device(),
         "data": data,
     }
@@ -105,7 +131,7 @@ def _answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
 
     begun = time.monotonic()
     try:
-        found = check(request)
+        found = check(request) if "train" in request else model_alone(request["model"])
     except ModelError as error:
         return BAD_INPUT, _refusal("model", str(error), "model: in the spec names a folder or a hub id")
     except DataError as error:

@@ -227,6 +227,7 @@ class Ready(Event):
     slots: dict[str, int]  # by method; a worker trains one method at a time
     parameters: int
     linear_shapes: list[list[int]] = field(default_factory=list)
+    stream_tokens: int | None = None  # that packed trials run through the model at once
 
 
 @dataclass(frozen=True, kw_only=True)

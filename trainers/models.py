@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,8 +73,9 @@ def one_line(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def resolve(model: str) -> Path:
-    """Returns the folder of a model: itself, or the local snapshot of a hub id, downloaded if need be.
+def resolve(model: str, files: Sequence[str] = FILES) -> Path:
+    """Returns the folder of a model: itself, or the local snapshot of a hub id, of which `files` are downloaded if need
+    be.
 
     Raises ModelError where there is none.
     """
@@ -88,7 +90,7 @@ def resolve(model: str) -> Path:
         raise ModelError(f"{model}: no such folder; check the path, or name a hub id as owner/name")
     else:
         try:
-            folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=FILES))
+            folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=list(files)))
         except (OSError, ValueError, HfHubHTTPError) as error:
             raise ModelError(
                 f"{model}: is no local folder and cannot be had from the hub: {one_line(error)}"

@@ -12,7 +12,8 @@ A job whose model is `replay:PATH.json` runs on the curves in that file:
 The first curve whose `match` fits the configuration counts: a value must be equal, a pair of numbers is a closed range.
 `points` is a recorded table, tokens to loss, straight between its points and flat beyond them. The formula is
 `floor + curvature * log10(learning_rate / best_learning_rate)^2`, approached from `base_loss` as exp(-tokens / scale);
-above `diverges_above` the trial fails at its first step. Losses are nats a token. `seed_spread` is the largest relative
+above `diverges_above` the trial fails at its first step, and so it does, for lack of memory, on a curve that says
+`out_of_memory`. Losses are nats a token. `seed_spread` is the largest relative
 difference between two seeds. Sleeps are real time; without them a trial trains as fast as the worker can loop.
 
 For examinations there may be `test_rows` (64) with `test_tokens` in all (as many a row as validation has),
@@ -62,6 +63,7 @@ class Curve:
     best_learning_rate: float | None = None
     curvature: float = 0.0
     diverges_above: float = math.inf
+    out_of_memory: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for a curve that is neither table nor formula."""
@@ -278,6 +280,9 @@ class ReplayEngine:
         if slot.config.learning_rate > slot.curve.diverges_above:
             del self._trials[number]
             raise TrialFailed(number, "diverged", f"the loss is nan at step {slot.step + 1}")
+        if slot.curve.out_of_memory:
+            del self._trials[number]
+            raise TrialFailed(number, "out_of_memory", f"step {slot.step + 1}: the replay file says so")
         before = self.position(number).tokens
         slot.step += 1
         slot.losses.append(self._loss(slot))

@@ -121,6 +121,7 @@ class Worker:
             slots={method: engine.slots for method, engine in self._loaded.engines.items()},
             parameters=self._loaded.parameters,
             linear_shapes=self._loaded.linear_shapes,
+            stream_tokens=getattr(self._loaded.engines.get("lora"), "micro_tokens", None),
         )
         self._meter.ready()
 
@@ -454,7 +455,13 @@ def _take_peak_bytes() -> int | None:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return None
-    peak_bytes = int(torch.cuda.max_memory_allocated())
+    # What captured graphs compute in is free to the allocator's books, and nobody else's.
+    held = sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["segment_pool_id"] != (0, 0)
+    )
+    peak_bytes = min(int(torch.cuda.max_memory_allocated()) + held, int(torch.cuda.max_memory_reserved()))
     torch.cuda.reset_peak_memory_stats()
     return peak_bytes
 

@@ -55,6 +55,7 @@ def command(
         facts = launch.look(wanted, folder)
         if not anyway:
             launch.compare_gpu(wanted, facts)
+        launch.settle_memory(store, wanted, facts)
         drawn = outline(wanted, facts, price).as_json()
         tables.show_outline(Console(stderr=True), drawn, price.note, facts, wanted.machine.stop_command)
         if not yes and not click.confirm("Launch?", err=True):

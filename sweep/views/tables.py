@@ -372,6 +372,7 @@ def show_outline(
         ("price", f"{price}, {price_note}"),
         *_rounding(outline),
         *((name, words) for name, _, words in (fact.partition(": ") for fact in seen)),
+        *([("memory", facts["memory"])] if facts.get("memory") else []),
         ("longest run", f"{plan['examples']:,} examples, {plan['run_tokens']:,} tokens"),
         ("compared", f"{compared}, on {plan['rung_rows']:,} validation rows"),
         ("first rung", f"{usd(outline['first_rung'])} for one trial to its first comparison"),

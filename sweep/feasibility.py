@@ -1,0 +1,46 @@
+"""What the sampler learns of memory: a trial that ran out of it is data, and nothing that needs as much is tried again.
+
+Two things are done, since neither is enough. The sampler is shown such trials as violating a constraint (Optuna's own;
+Watanabe & Hutter, "c-TPE", 2023): it turns away from their region, but only by likelihood, and not before its first
+random trials are over. So a configuration that needs at least what one ran out of, part by part, is not started: that
+costs nothing, where trying costs loading, compiling and whatever the neighbours in a pack lose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sweep.records import TrialRow
+from trainers.memory import needs_at_least
+from trainers.messages import TrialConfig
+
+REASON = "out of memory"  # sweep/apply.py's, for the failure code out_of_memory
+MOST = 24  # configurations in a row that were not started: the sampler finds nothing else
+
+
+def infeasible(trials: Sequence[TrialRow]) -> list[TrialRow]:
+    """Trials that ran out of memory, or were not started since they would."""
+    return [trial for trial in trials if trial.state == "failed" and trial.reason.startswith(REASON)]
+
+
+def view(trials: Sequence[TrialRow]) -> tuple[dict[int, int], set[int], set[int]]:
+    """What the sampler is told beside its own tables: paused trials with their rung, diverged ones, infeasible ones."""
+    paused = {trial.number: trial.rung for trial in trials if trial.state == "paused"}
+    diverged = {trial.number for trial in trials if trial.diverged}
+    return paused, diverged, {trial.number for trial in infeasible(trials)}
+
+
+def refusal(config: TrialConfig, trials: Sequence[TrialRow]) -> str | None:
+    """Why a configuration is not started; None where nothing that ran out of memory speaks against it."""
+    for trial in infeasible(trials):
+        if trial.reason.startswith(f"{REASON}: not started"):
+            continue
+        if needs_at_least(config, trial.config):
+            return f"{REASON}: not started: it needs at least what trial {trial.number} ran out of"
+    return None
+
+
+def exhausted(trials: Sequence[TrialRow]) -> bool:
+    """Whether so many configurations in a row were not started that no other is to be expected."""
+    last = sorted(trials, key=lambda trial: trial.number)[-MOST:]
+    return len(last) == MOST and all(trial.reason.startswith(f"{REASON}: not started") for trial in last)
