@@ -264,11 +264,7 @@ class Sweep:
                 self._change(trial, state, f"promoted: {judgement.reason}", target=trial.rung + 1, turn=turn)
 
     def _change(self, trial: TrialRow, state: str, reason: str, **values: int) -> None:
-        loss = f", loss {trial.loss:.4f}" if trial.loss is not None else ""
-        words = reason if reason.startswith("promoted") else f"{state}: {reason}"
-        with self.store.write() as connection:
-            records.set_trial(connection, self.name, trial.number, state=state, reason=reason, **values)
-            records.note(connection, self.name, state, f"trial {trial.label} {words}{loss}", trial.number)
+        telling.change(self.store, self.name, trial, state, reason, **values)
 
     def _end(self, trial: TrialRow, state: str, reason: str, *, diverged: bool = False) -> None:
         self._change(trial, state, reason, diverged=int(diverged))
@@ -326,6 +322,11 @@ class Sweep:
                 or self._confirm()
             ):
                 break
+            if (worker := self._worker()) is not None:
+                self._seat(filled=False)
+                if self.workers.pressed(worker, self._lengths, self._gap_ms):
+                    self._again = True
+                    break
 
     def _begin_endgame(self) -> bool:
         """When the search has no more to spend, the reserve goes to the best that is left; False if it began before."""

@@ -6,12 +6,15 @@ full-parameter trial has the machine to itself. A worker trains one method at a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from sqlalchemy import Connection
 
 from sweep import records, tables
 from sweep.records import Study, TrialRow, WorkerRow
+
+AHEAD = 0.25  # of a pack's slots: so many trials wait for one
 
 
 def probes(study: Study) -> bool:
@@ -34,8 +37,12 @@ def slots(study: Study, workers: Sequence[WorkerRow]) -> int:
 
 
 def live(study: Study, workers: Sequence[WorkerRow]) -> int:
-    """How many trials take turns: as many as the spec says, but no slot stays empty for it."""
-    return max(study.spec.search.live, slots(study, workers))
+    """How many trials take turns: as many as the spec says, but no slot stays empty for it.
+
+    In a pack a few more, so that a slot that becomes free is taken while the sampler thinks about the next question.
+    """
+    count = slots(study, workers)
+    return max(study.spec.search.live, count if count == 1 else count + math.ceil(count * AHEAD))
 
 
 def width(count: int, trials: Sequence[TrialRow]) -> int:

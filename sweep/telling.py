@@ -1,4 +1,4 @@
-"""Tells the sampler's memory what our tables say. Ours come first, so what a crash left untold is told again."""
+"""Tells what becomes of trials: our tables first, then the sampler's memory; what a crash left untold is told again."""
 
 from __future__ import annotations
 
@@ -35,3 +35,12 @@ def tell_ended(store: Store, name: str, memory: Memory, trials: Sequence[TrialRo
         memory.tell(trial.number, trial.state, trial.full_loss, labels)
         with store.write() as connection:
             records.set_trial(connection, name, trial.number, told=1)
+
+
+def change(store: Store, name: str, trial: TrialRow, state: str, reason: str, **values: int) -> None:
+    """Moves a trial into another state and notes why, with its loss; `values` are more columns of its row."""
+    loss = f", loss {trial.loss:.4f}" if trial.loss is not None else ""
+    words = reason if reason.startswith("promoted") else f"{state}: {reason}"
+    with store.write() as connection:
+        records.set_trial(connection, name, trial.number, state=state, reason=reason, **values)
+        records.note(connection, name, state, f"trial {trial.label} {words}{loss}", trial.number)

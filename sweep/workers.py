@@ -143,6 +143,12 @@ class Workers:
         # Early enough that the worker, which ends before a step that would pass work_ms, never has to.
         return worker.work_ms - now < lengths.slice * 2 // 3
 
+    def pressed(self, worker: WorkerRow, lengths: Lengths, gap_ms: int) -> bool:
+        """Whether the worker has said something, or its next slice is due: the sampler's questions can wait."""
+        if self.launcher.read_events(Path(worker.folder), worker.offset):
+            return True
+        return not worker.final and self.renewal_due(worker, lengths, gap_ms)
+
     def renew(self, worker: WorkerRow, lengths: Lengths) -> WorkerRow:
         """Settles the open slice and pays for the next; returns the worker's new row."""
         with self.store.write() as connection:
