@@ -18,7 +18,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from benchmarks.simulated import LOAD_SECONDS, MICROS_PER_HOUR, STATE_SECONDS, Replayed, Seen
+from benchmarks.replay import Replayed, Seen
+from benchmarks.simulated import LOAD_SECONDS, MICROS_PER_HOUR, STATE_SECONDS
 from benchmarks.tables import Pool, Prior, Row, Run, Table, choose_seed, space_of
 
 MAX_REFUSED = 100  # new trials, after the last row was taken

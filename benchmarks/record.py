@@ -12,12 +12,7 @@ on where it was when it is started again; a trial that had not ended is trained 
 `--device cpu --lora 3 --full 1 --examples 320` and a tiny `--model`. `curves` and `speed` need torch, transformers and
 peft; the other parts also `datasets`.
 
-Three tasks of different kind, all from files in examples/data, so that nothing is downloaded:
-
-    define  dictionary definitions, free text: many configurations are nearly as good as the best
-    sums    the answer to a sum: a skill that a model this small acquires only with a good configuration
-    speech  the part of speech of a word whose definition is given: one of four labels, nearly always clear, so losses
-            come close to zero and differ by large factors; one configuration in a hundred is near the best
+The tasks are those of benchmarks/tasks.py.
 """
 
 from __future__ import annotations
@@ -27,7 +22,6 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import re
 import sys
 import tempfile
 import time
@@ -38,14 +32,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.tables import FOLDER, SPACE, Row, Run, Table, write
+from benchmarks.tasks import TASKS, rows_of
 from trainers.engine import Engine, TrialFailed
 from trainers.messages import TrialConfig
 from trainers.splits import Split, batches, load_split
 
 ROOT = Path(__file__).absolute().parents[1]
 DATA = ROOT / "benchmarks" / "data" / "record"
-EXAMPLES = ROOT / "examples" / "data"
-TASKS = ("define", "sums", "speech")
 VALIDATION_ROWS = 128
 MAX_TOKENS = 256
 EVALUATIONS = 20
@@ -358,25 +351,6 @@ def speed(options: argparse.Namespace) -> int:
 
 # --- prepare, plan, table ---------------------------------------------------------------------------------------------
 
-Text = dict[str, str]
-_WORD = re.compile(r"Define the word: (.+) \((noun|verb|adjective|adverb)\)\n")
-
-
-def rows_of(task: str) -> list[Text]:
-    """The rows of a task. Raises ValueError for a row of define.jsonl that is not as expected."""
-    name = "sums" if task == "sums" else "define"
-    rows: list[Text] = [json.loads(line) for line in (EXAMPLES / f"{name}.jsonl").read_text("utf-8").splitlines()]
-    if task != "speech":
-        return rows
-    found = []
-    for row in rows:
-        match = _WORD.fullmatch(row["prompt"])
-        if match is None:
-            raise ValueError(f"define.jsonl: {row['prompt']!r} names no part of speech")
-        prompt = f"{match[1]}: {row['completion']}\nPart of speech:"
-        found.append({"prompt": prompt, "completion": f" {match[2]}"})
-    return found
-
 
 def prepare(options: argparse.Namespace) -> int:
     """Writes the token files of the tasks; returns the exit code."""
@@ -439,9 +413,7 @@ def to_table(file: Recording) -> Table:
     missing = sum(config.number not in file.done for _, config in wanted)
     slow = {speed_key(config) for config in drawn} - set(file.speeds)
     if missing or slow:
-        raise RecordError(
-            f"{file.path}: {missing} trials and {len(slow)} speeds are missing; go on with curves and speed"
-        )
+        raise RecordError(f"{file.path}: {missing} trials and {len(slow)} speeds are missing: go on")
     runs: dict[int, dict[int, Run]] = {}
     for row, config in wanted:
         line = file.done[config.number]

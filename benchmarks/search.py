@@ -6,7 +6,7 @@
     python -m benchmarks.search steps [--trials 10 100 1000]
 
 `run` appends one line a study to `--out` and leaves out what is there already, so it can be killed and run again.
-Ours is replayed (benchmarks/simulated.py), the others run in simulated time (benchmarks/race.py), from the interpreter
+Ours is replayed (benchmarks/replay.py), the others run in simulated time (benchmarks/race.py), from the interpreter
 `--python` (benchmarks/requirements-peers.txt). How everyone is treated alike stands in docs/search.md.
 
 Money is counted in whole runs: what training one configuration to its end costs alone, on average over the table.
@@ -28,8 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.samplers import RandomSampler
 
-from benchmarks import race, simulated, synthetic, tables
-from benchmarks.simulated import MICROS_PER_HOUR, Replayed, TableMemory
+from benchmarks import race, replay, synthetic, tables
+from benchmarks.replay import Replayed, TableMemory
+from benchmarks.simulated import MICROS_PER_HOUR
 from benchmarks.tables import Prior, Table
 from sweep.errors import Interrupted
 from sweep.loop import Sweep
@@ -126,7 +127,7 @@ def study(
 ) -> Replayed | None:
     """Runs one study; None where ours has no way to take a prior. Raises PeerError."""
     if search in OURS:
-        return None if prior else simulated.replay(table, seed, runs, slots, **OURS[search])
+        return None if prior else replay.replay(table, seed, runs, slots, **OURS[search])
     if search == ONE_RUNG:
         one = race.OneRung(runs, len(table.of("lora").rows))
         return race.race(table, one, search, prior, seed, runs, slots)
@@ -314,7 +315,7 @@ def steps(options: argparse.Namespace) -> int:
         return changed
 
     with contextlib.suppress(Interrupted):
-        simulated.replay(table, 0, 0.2 * most, 4, memory=Timed, watch=watch, trials=most + 50, rungs=[0.05], eta=50)
+        replay.replay(table, 0, 0.2 * most, 4, memory=Timed, watch=watch, trials=most + 50, rungs=[0.05], eta=50)
     for count in options.trials:
         near = range(max(count - SIZE_STEP, 1), count + 1)
         loop, sampler = ([ms for n in near for ms in values.get(n, [])] for values in (taken, asked))

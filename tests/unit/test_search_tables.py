@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import race, search, simulated, synthetic, tables
-from benchmarks.simulated import LOAD_SECONDS, MICROS_PER_HOUR, Replayed, Seen
+from benchmarks import race, replay, search, synthetic, tables
+from benchmarks.replay import Replayed, Seen
+from benchmarks.simulated import LOAD_SECONDS, MICROS_PER_HOUR
 from benchmarks.tables import Pool, Row, Run, Table
 
 DOLLARS_A_SECOND = MICROS_PER_HOUR / 3600 / 1e6
@@ -186,7 +187,7 @@ def test_a_peer_that_dies_is_named(small: Table, capfd: pytest.CaptureFixture[st
 
 def test_a_replay_is_a_whole_study(small: Table) -> None:
     """Proves that the real loop runs on a table: within its cap, books that agree, the same again, recorded losses."""
-    done, again = (simulated.replay(small, 1, 3.0) for _ in range(2))
+    done, again = (replay.replay(small, 1, 3.0) for _ in range(2))
     assert done == again
     assert 0 < done.spent <= 3.0 * small.of("lora").run_seconds() * DOLLARS_A_SECOND
     rows = {row.number: row for row in small.rows}
@@ -201,22 +202,22 @@ def test_a_replay_is_a_whole_study(small: Table) -> None:
 
 def test_parts_can_be_switched_off(small: Table) -> None:
     """Proves that the ablation changes what it says: without rungs whole runs alone, without promotion others."""
-    whole = simulated.replay(small, 1, 3.0, **search.OURS["ours-no-rungs"])
+    whole = replay.replay(small, 1, 3.0, **search.OURS["ours-no-rungs"])
     assert {seen.share for seen in whole.seen} == {1.0}
-    stopped = simulated.replay(small, 1, 3.0, **search.OURS["ours-no-promotion"])
-    assert stopped.seen != simulated.replay(small, 1, 3.0).seen
+    stopped = replay.replay(small, 1, 3.0, **search.OURS["ours-no-promotion"])
+    assert stopped.seen != replay.replay(small, 1, 3.0).seen
 
 
 def test_a_sampler_sees_the_rows_that_it_got(small: Table) -> None:
     """Proves that ours is told the parameters of the row, not those that it had suggested."""
     shown: list[dict[str, Any]] = []
 
-    class Watched(simulated.TableMemory):
+    class Watched(replay.TableMemory):
         def close(self) -> None:
             shown.extend(trial.params for trial in self._study.get_trials(deepcopy=False))
             super().close()
 
-    simulated.replay(small, 0, 2.0, memory=Watched)
+    replay.replay(small, 0, 2.0, memory=Watched)
     known = [row.config["learning_rate"] for row in small.of("lora").rows]
     assert shown and all(params["lora_learning_rate"] in known for params in shown)
 
