@@ -22,6 +22,7 @@ from benchmarks.replay import Replayed, Seen
 from benchmarks.simulated import LOAD_SECONDS, MICROS_PER_HOUR, STATE_SECONDS
 from benchmarks.tables import Pool, Prior, Row, Run, Table, choose_seed, space_of
 
+UNITS = 20  # of a whole run: the smallest resource of multi-fidelity searches is one
 MAX_REFUSED = 100  # new trials, after the last row was taken
 SERVE = Path(__file__).absolute().parent / "peers" / "serve.py"
 
@@ -150,17 +151,14 @@ class _Trial:
     unit: int = 0  # how far it is
     seconds: float = 0.0
 
-    def stretch(self, unit: int) -> tuple[int, bool]:
-        """Units from where it is to an evaluation, or to where it diverges, and whether it comes to the evaluation."""
-        alive = unit <= len(self.run.losses)
-        return (unit if alive else max(len(self.run.losses) + 1, self.unit)) - self.unit, alive
+    share: float = 0.0  # of a whole run
 
 
 class _Race:
     """One search on one table."""
 
-    def __init__(self, table: Table, search: Asked, begun: dict[str, Any], seed: int, slots: int) -> None:
-        self.table, self.search, self.seed = table, search, seed
+    def __init__(self, table: Table, search: Asked, begun: dict[str, Any], seed: int, slots: int, units: int) -> None:
+        self.table, self.search, self.seed, self.units = table, search, seed, units
         self.at: list[int] = begun["at"]
         self.promotes = bool(begun.get("promotes"))
         self.refused = 0
@@ -196,11 +194,13 @@ class _Race:
         """Trains a trial up to its next evaluation."""
         trial = self.trials[number]
         unit = min((u for u in self.at if trial.unit < u < trial.until), default=trial.until)
-        units, alive = trial.stretch(unit)
-        seconds = units / self.table.evaluations * self.table.run_tokens * trial.row.seconds_per_token
+        end = min(unit / self.units, max(self.table.death(trial.run), trial.share))
+        alive = unit / self.units < self.table.death(trial.run)
+        seconds = (end - trial.share) * self.table.run_tokens * trial.row.seconds_per_token
         seconds += trial.row.evaluate_seconds if alive else 0.0
+        trial.share = end
         trial.seconds += seconds + spent
-        loss = float(trial.run.losses[unit - 1]) if alive else self.table.base_loss
+        loss = self.table.loss(trial.run, unit / self.units) if alive else self.table.base_loss
         heapq.heappush(self.waiting, (now + seconds, self.order, number, unit if alive else -unit, loss))
         self.order += 1
 
@@ -220,14 +220,21 @@ class _Race:
 
 
 def race(
-    table: Table, search: Asked, name: str, prior: Prior | None, seed: int, runs: float, slots: int = 4
+    table: Table,
+    search: Asked,
+    name: str,
+    prior: Prior | None,
+    seed: int,
+    runs: float,
+    slots: int = 4,
+    units: int = UNITS,
 ) -> Replayed:
-    """Runs a search under a cap that pays for `runs` whole runs. Raises PeerError."""
+    """Runs a search under a cap that pays for `runs` whole runs; one is `units` of resource. Raises PeerError."""
     table = table.of("lora")
     cap = runs * table.run_seconds()
     guesses = prior.guesses if prior else None
-    begun = search.begin(name, space_of(table).plain(), guesses, seed, table.evaluations)
-    course = _Race(table, search, begun, seed, slots)
+    begun = search.begin(name, space_of(table).plain(), guesses, seed, units)
+    course = _Race(table, search, begun, seed, slots, units)
     now, spent = 0.0, LOAD_SECONDS
     seen: list[Seen] = []
     course.fill(now)
@@ -239,7 +246,7 @@ def race(
             break
         spent, now = spent + busy * (then - now), then
         dollars = spent / 3600 * MICROS_PER_HOUR / 1e6
-        seen.append(Seen(dollars, course.trials[number].row.number, abs(unit) / table.evaluations, loss))
+        seen.append(Seen(dollars, course.trials[number].row.number, abs(unit) / units, loss))
         course.arrive(now, number, unit, loss)
         course.fill(now)
     return Replayed(seen, spent / 3600 * MICROS_PER_HOUR / 1e6, len(course.trials))

@@ -9,7 +9,7 @@
 A recording is a file of JSON lines, `--file` (benchmarks/data/record/TASK.jsonl): what was drawn first of all, then a
 line for every trial that came to its end or diverged, and for every speed that was measured. A run that is killed goes
 on where it was when it is started again; a trial that had not ended is trained anew. Without a GPU try it with
-`--device cpu --lora 3 --full 1 --examples 320` and a tiny `--model`. `curves` and `speed` need torch, transformers and
+`--device cpu --lora 3 --full 1 --examples 1600` and a tiny `--model`. `curves` and `speed` need torch, transformers and
 peft; the other parts also `datasets`.
 
 The tasks are those of benchmarks/tasks.py.
@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.tables import FOLDER, SPACE, Row, Run, Table, write
+from benchmarks.tables import FOLDER, SHARES, SPACE, Row, Run, Table, write
 from benchmarks.tasks import TASKS, rows_of
 from trainers.engine import Engine, TrialFailed
 from trainers.messages import TrialConfig
@@ -41,7 +41,6 @@ ROOT = Path(__file__).absolute().parents[1]
 DATA = ROOT / "benchmarks" / "data" / "record"
 VALIDATION_ROWS = 128
 MAX_TOKENS = 256
-EVALUATIONS = 20
 SEEDS = 3  # of a fifth of the configurations
 DRAW: dict[str, dict[str, Any]] = {  # the learning rates are wider than anybody would search: some must diverge
     "lora": {
@@ -92,9 +91,9 @@ def trials(drawn: list[dict[str, Any]], examples: int) -> list[tuple[int, TrialC
 
 
 def stops(config: TrialConfig, train: Split) -> list[int]:
-    """Tokens at which a trial is evaluated: EVALUATIONS equal parts of its steps, [evaluations]."""
+    """Tokens at which a trial is evaluated: at the first step that is not before each of SHARES, [evaluations]."""
     tokens = np.cumsum([int(train.lengths[rows].sum()) for rows in batches(config, train.rows)])
-    return [int(tokens[math.ceil(part * len(tokens) / EVALUATIONS) - 1]) for part in range(1, EVALUATIONS + 1)]
+    return [int(tokens[math.ceil(round(share * len(tokens), 6)) - 1]) for share in SHARES]
 
 
 class Recording:
@@ -249,7 +248,7 @@ def _header(options: argparse.Namespace, train: Split, validation: Split, engine
         "space": DRAW,
         "drawn": draw(options.lora, options.full, options.seed),
         "examples": options.examples,
-        "evaluations": EVALUATIONS,
+        "shares": list(SHARES),
         "train_rows": train.rows,
         "validation_rows": validation.rows,
         "tokens_per_example": float(train.lengths.mean()),
@@ -266,7 +265,8 @@ def _device(device: str) -> str:
 
 def curves(options: argparse.Namespace) -> int:
     """Records until all is there or time is over; returns the exit code: 0, or 3 where some is left."""
-    if options.examples < EVALUATIONS * max(DRAW["lora"]["batch_size"]):
+    steps = options.examples / max(DRAW["lora"]["batch_size"])
+    if len({math.ceil(round(share * steps, 6)) for share in SHARES}) < len(SHARES):
         raise RecordError(f"--examples {options.examples}: the largest batch needs a step for each evaluation")
     train, validation = (load_split(options.data / options.task, name) for name in ("train", "validation"))
     clock = _Clock(options.minutes)
@@ -391,14 +391,14 @@ def plan(options: argparse.Namespace) -> int:
         packed = max(tokens / TOKENS_PER_SECOND, sum(steps) / options.slots * STREAM_SECONDS)
         full = [config for _, config in wanted if config.method == "full"]
         alone = sum(math.ceil(options.examples / config.batch_size) for config in full) * FULL_STEP_SECONDS
-        evaluated = len(wanted) * EVALUATIONS * EVALUATION_SECONDS
+        evaluated = len(wanted) * len(SHARES) * EVALUATION_SECONDS
         speeds = len({speed_key(config) for config in drawn})
         measured = speeds * (options.seconds + 1.0)
         minutes = (2 * START_SECONDS + packed + alone + evaluated + measured) / 60
         total += minutes
         print(
             f"{task}: {minutes:.1f} minutes: start twice {2 * START_SECONDS} s, {len(lora)} LoRA trials in packs of"
-            f" {options.slots} {packed:.0f} s, {len(full)} full ones {alone:.0f} s, {len(wanted) * EVALUATIONS}"
+            f" {options.slots} {packed:.0f} s, {len(full)} full ones {alone:.0f} s, {len(wanted) * len(SHARES)}"
             f" evaluations {evaluated:.0f} s, {speeds} speeds {measured:.0f} s"
         )
     print(f"all: {total:.0f} minutes, if the guesses at the top of this file are right")

@@ -38,12 +38,6 @@ BOOT = ("simulated", 0)
 VALIDATION_TOKENS = 10_000
 
 
-def loss_at(run: Run, share: float, table: Table) -> float:
-    """The loss after a share of the whole run, straight between evaluations."""
-    grid = np.arange(len(run.losses) + 1) / table.evaluations
-    return float(np.interp(share, grid, [table.base_loss, *run.losses.tolist()]))
-
-
 @dataclass
 class _Slot:
     config: TrialConfig
@@ -115,11 +109,10 @@ class TableEngine:
 
     def _step(self, slot: _Slot) -> None:
         slot.step += 1
-        # Its last evaluation was the last sign of life: it is charged up to the next one.
-        if slot.run.diverged and slot.share >= (len(slot.run.losses) + 1) / self._table.evaluations:
+        if slot.share >= self._table.death(slot.run):
             del self._trials[slot.config.number]
             raise TrialFailed(slot.config.number, "diverged", f"step {slot.step}: loss nan")
-        slot.losses.append(loss_at(slot.run, slot.share, self._table))
+        slot.losses.append(self._table.loss(slot.run, slot.share))
 
     def position(self, trial: int) -> Position:
         """See Engine."""
@@ -139,7 +132,7 @@ class TableEngine:
         loss = self._table.base_loss
         if trial is not None:
             slot = self._trials[trial]
-            loss = loss_at(slot.run, slot.share, self._table)
+            loss = self._table.loss(slot.run, slot.share)
         count = VALIDATION_TOKENS
         return Evaluation(
             rung_nll=loss * count, rung_tokens=count, nll=loss * count, completion_tokens=count, input_tokens=count

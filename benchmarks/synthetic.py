@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.tables import Row, Run, Table
+from benchmarks.tables import SHARES, Row, Run, Table
 
-EVALUATIONS = 20
 EXAMPLES, TOKENS = 1920, 300  # of a run, and of an example
 SPACE: dict[str, dict[str, Any]] = {
     "lora": {
@@ -93,7 +92,7 @@ def _excess(kind: Kind, config: dict[str, Any], source: np.random.Generator) -> 
 def _curve(kind: Kind, config: dict[str, Any], final: float, source: np.random.Generator) -> NDArray[np.float64]:
     """Losses at each evaluation: fast at first, slower for low rates, with a hump where the rate is high."""
     away = _away(kind, config)
-    at = np.arange(1, EVALUATIONS + 1) / EVALUATIONS
+    at = np.asarray(SHARES)
     pace, height = source.normal(0, kind.pace), source.normal(0, 0.5)
     # What is left of the way from the untrained model to the end, in log loss; high rates go most of it at once.
     speed = 1.1 + 0.28 * np.clip(away, -2.0, 1.0) + pace
@@ -102,18 +101,18 @@ def _curve(kind: Kind, config: dict[str, Any], final: float, source: np.random.G
     rate = np.clip(np.minimum(at / 0.05, (1 - at) / 0.95), 0.0, 1.0)
     hump = kind.hump * np.exp(np.clip(1.1 * away + height, -4.0, 1.5)) * rate * np.clip(at / 0.2, 0.0, 1.0) ** 2
     logs = math.log(final) + (math.log(kind.base) - math.log(final)) * left + hump
-    wobble = source.normal(0, kind.jitter, EVALUATIONS) * rate
+    wobble = source.normal(0, kind.jitter, len(SHARES)) * rate
     return np.asarray(np.exp(np.minimum(logs + wobble, math.log(kind.base) + 0.5)))
 
 
 def _run(kind: Kind, config: dict[str, Any], excess: float, source: np.random.Generator) -> Run:
     final = min(kind.best * math.exp(excess + source.normal(0, kind.seed)), kind.base * 1.02)
     losses = _curve(kind, config, final, source)
-    tokens = np.round(np.arange(1, EVALUATIONS + 1) / EVALUATIONS * EXAMPLES * TOKENS).astype(np.int64)
+    tokens = np.round(np.asarray(SHARES) * EXAMPLES * TOKENS).astype(np.int64)
     over = _away(kind, config) + kind.rate - kind.limit + source.normal(0, 0.15)
     if over <= 0:
         return Run(tokens, losses, False)
-    count = int(source.integers(0, 4))  # it goes before a fifth of the run is over
+    count = int(source.integers(0, 8))  # it goes before a fifth of the run is over
     return Run(tokens[: count + 1], losses[:count], True)
 
 
@@ -137,7 +136,7 @@ def make(name: str, seed: int = 0, lora: int = 100, full: int = 16, seconds: flo
         "model": "none: made up",
         "base_loss": kind.base,
         "parameters": 134_515_008,
-        "evaluations": EVALUATIONS,
+        "shares": list(SHARES),
         "examples": EXAMPLES,
         "tokens_per_example": TOKENS,
         "space": SPACE,
@@ -159,7 +158,7 @@ def describe(table: Table) -> dict[str, Any]:
     finals = curves[:, -1]
     near = finals <= 1.1 * finals.min()
     shares = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
-    at = [max(round(share * table.evaluations) - 1, 0) for share in shares]
+    at = [table.shares.index(share) for share in shares]
     seeds = [
         abs(math.log(row.runs[0].losses[-1] / row.runs[1].losses[-1]))
         for row in rows

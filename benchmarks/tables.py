@@ -6,8 +6,8 @@ say so, made up by benchmarks/synthetic.py). One line of it is one run: a config
     row, seed            which configuration; a fifth of them were trained under three seeds
     method, rank, alpha, targets, learning_rate, batch_size
     tokens, losses       lists: input tokens trained on and validation loss (nats a completion token) at each of the
-                         evaluations, which are equally far apart; where the run diverged they are shorter, and tokens
-                         has one more: the evaluation that it did not live to see, up to which it is charged
+                         recording's evaluations (SHARES); where the run diverged they are shorter, and tokens has one
+                         more: the evaluation that it did not live to see, up to which it is charged
     diverged
     seconds_per_token    of this configuration alone on the machine (one slot)
     evaluate_seconds     of one evaluation, alone
@@ -31,6 +31,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 FOLDER = Path(__file__).absolute().parent / "tables"
+# Of a whole run, at which it is evaluated: every twentieth and more at first, where early cuts look, fewer late.
+SHARES = (
+    0.01,
+    0.02,
+    0.03,
+    *(0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5),
+    *(0.6, 0.7, 0.8, 0.9, 0.95, 1),
+)
 BEST_SHARE = 0.02  # of the configurations: the goal of a search
 RATE_WEIGHT = 4.0  # of the learning rate in the distance between configurations (Pool)
 SPACE = ("rank", "alpha", "targets", "learning_rate", "batch_size")
@@ -103,9 +111,18 @@ class Table:
         return float(self.facts["base_loss"])
 
     @property
-    def evaluations(self) -> int:
-        """Evaluations of a whole run."""
-        return int(self.facts["evaluations"])
+    def shares(self) -> list[float]:
+        """Of a whole run, at which it was evaluated; the last is 1."""
+        return [float(share) for share in self.facts["shares"]]
+
+    def loss(self, run: Run, share: float) -> float:
+        """The loss after a share of the whole run, straight between evaluations."""
+        grid = [0.0, *self.shares[: len(run.losses)]]
+        return float(np.interp(share, grid, [self.base_loss, *run.losses.tolist()]))
+
+    def death(self, run: Run) -> float:
+        """The share at which a run is known to have diverged, the evaluation after its last; else infinity."""
+        return self.shares[len(run.losses)] if run.diverged else math.inf
 
     def of(self, method: str) -> Table:
         """The configurations of one method alone."""

@@ -6,7 +6,7 @@ caller owns the clock and the money (benchmarks/race.py); a search never sees ei
     {"do": "begin", "search", "space", "prior", "seed", "units"}   {"at": [units at which a trial is to be
                                     evaluated], "promotes": whether it resumes earlier trials}
         space: {"choices": {name: [...]}, "learning_rate": [low, high]}; prior: first guesses or null;
-        units: evaluations of a whole run, the resource of multi-fidelity searches
+        units: parts of a whole run, the resource of multi-fidelity searches
     {"do": "ask", "trial"}          {"config": {...}, "until": unit}, a new trial; {"resume": trial, "until": unit}, an
                                     earlier one goes on from its checkpoint; {"wait": true}, nothing now
     {"do": "took", "trial", "config"}   {}: the row of the table that a new trial got for its configuration

@@ -32,7 +32,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_draw(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches of one, so that twenty evaluations fit twenty examples."""
+    """Batches of one and five evaluations, which fit ten examples."""
+    monkeypatch.setattr(record, "SHARES", (0.1, 0.2, 0.4, 0.7, 1.0))
     for method in ("lora", "full"):
         monkeypatch.setitem(record.DRAW, method, {**record.DRAW[method], "batch_size": [1]})
 
@@ -40,7 +41,7 @@ def small_draw(monkeypatch: pytest.MonkeyPatch) -> None:
 def call(place: Path, verb: str, file: Path, *more: str) -> int:
     """Runs one verb of the recorder on the tiny model."""
     common = ["--task", "speech", "--model", str(place / "model"), "--data", str(place), "--file", str(file)]
-    drawn = ["--device", "cpu", "--lora", "4", "--full", "1", "--examples", "20", "--slots", "3", "--seconds", "0.01"]
+    drawn = ["--device", "cpu", "--lora", "4", "--full", "1", "--examples", "10", "--slots", "3", "--seconds", "0.01"]
     return record.main([verb, *common, *drawn, *more])
 
 
@@ -61,7 +62,7 @@ def test_a_recording_goes_on_after_a_kill_and_becomes_a_table(
     cut.write_text("".join(lines[:3]) + lines[3][:40])
     assert call(place, "curves", cut) == 0
     assert losses(cut) == losses(whole) and len(losses(whole)) == 7
-    assert all(len(curve) == record.EVALUATIONS for curve in losses(whole).values())
+    assert all(len(curve) == 5 for curve in losses(whole).values())
     assert call(place, "table", whole, "--folder", str(tmp_path)) == 2
     assert "speeds are missing: go on" in capsys.readouterr().err
     assert call(place, "speed", whole) == 0
@@ -78,9 +79,9 @@ def test_a_recording_is_not_mixed_with_another(place: Path, tmp_path: Path, caps
     """Proves that a file that was begun with other settings is refused in a line, and so are too few examples."""
     file = tmp_path / "one.jsonl"
     assert call(place, "curves", file, "--lora", "1", "--full", "0", "--minutes", "0") == 3
-    assert call(place, "curves", file, "--lora", "1", "--full", "0", "--examples", "40") == 2
+    assert call(place, "curves", file, "--lora", "1", "--full", "0", "--examples", "20") == 2
     assert "was begun with another examples" in capsys.readouterr().err
-    assert call(place, "curves", file, "--examples", "19") == 2
+    assert call(place, "curves", file, "--examples", "9") == 2
     assert call(place, "speed", tmp_path / "none.jsonl") == 2
     assert "there is no recording" in capsys.readouterr().err
 
@@ -90,16 +91,16 @@ def test_a_diverged_trial_is_written_down_and_its_neighbour_goes_on(place: Path,
     base = load_base(str(place / "model"), "cpu")
     train, validation = (load_split(place / "speech", name) for name in ("train", "validation"))
     engine = LoraEngine(base, train, validation, validation.rows, slots=2)
-    common: dict[str, Any] = {"method": "lora", "batch_size": 1, "examples": 20, "seed": 0, "rank": 2, "alpha": 16.0}
+    common: dict[str, Any] = {"method": "lora", "batch_size": 1, "examples": 10, "seed": 0, "rank": 2, "alpha": 16.0}
     trials = [
         (0, TrialConfig(number=0, targets="mlp", learning_rate=math.inf, **common)),
         (1, TrialConfig(number=3, targets="mlp", learning_rate=1e-4, **common)),
     ]
     file = record.Recording(tmp_path / "d.jsonl", {"task": "speech"})
     assert record.record(engine, train, trials, file, record._Clock(10))
-    assert file.done[0]["diverged"] and len(file.done[0]["losses"]) < 20
+    assert file.done[0]["diverged"] and len(file.done[0]["losses"]) < 5
     assert len(file.done[0]["tokens"]) == len(file.done[0]["losses"]) + 1
-    assert file.done[3]["diverged"] is None and len(file.done[3]["losses"]) == 20
+    assert file.done[3]["diverged"] is None and len(file.done[3]["losses"]) == 5
 
 
 def test_the_plan_counts_all_that_is_recorded(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +108,7 @@ def test_the_plan_counts_all_that_is_recorded(place: Path, capsys: pytest.Captur
     options = ["--task", "speech", "--data", str(place)]
     assert record.main(["plan", *options]) == 0
     said = capsys.readouterr().out
-    assert "140 LoRA trials in packs of 32" in said and f"{(140 + 24) * 20} evaluations" in said
+    assert "140 LoRA trials in packs of 32" in said and f"{(140 + 24) * 5} evaluations" in said
 
 
 def test_what_is_drawn_first_does_not_depend_on_how_much_is_drawn() -> None:

@@ -137,12 +137,12 @@ def test_slots_share_the_money_and_not_the_news(small: Table) -> None:
 def test_a_diverged_run_is_charged_and_worth_nothing(small: Table) -> None:
     """Proves that a run that diverges after an evaluation is charged up to the next one, and told as untrained."""
     row = small.of("lora").rows[0]
-    gone = Run(np.array([100, 200]), np.array([1.2]), True)
+    gone = Run(np.arange(1, 8), np.full(6, 1.2), True)  # its sixth evaluation was at a tenth, the next at 15 %
     table = replace(small, rows=[Row(0, row.config, {0: gone}, row.seconds_per_token, row.evaluate_seconds, None)])
     course = OneByOne([1, 4, 20])
     done = race.race(table, course, "", None, 0, 50.0, slots=1)
     assert course.told == [(0, 1, 1.2), (0, 4, table.base_loss), (0, 20, table.base_loss)]
-    trained = 2 / 20 * table.run_tokens * row.seconds_per_token + row.evaluate_seconds
+    trained = 0.15 * table.run_tokens * row.seconds_per_token + row.evaluate_seconds
     assert done.spent == pytest.approx((LOAD_SECONDS + trained) * DOLLARS_A_SECOND)
 
 
