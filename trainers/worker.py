@@ -126,23 +126,29 @@ class Worker:
         self._meter.ready()
 
     def _loop(self) -> Literal["stop", "paid_time"]:
-        while True:
-            self._saver.collect()
-            self._obey()
-            if reason := self._reason_to_end():
-                return reason
-            ready = [trial for trial in self._trials.values() if not trial.standing and trial.arrived()]
-            if self._examine_base and not self._out_of_time(evaluating=True):
-                self._examine_the_base()
-            elif ready and not self._out_of_time(evaluating=True):
-                self._conclude(ready[0])
-            elif not self._out_of_time() and any(not (t.standing or t.arrived()) for t in self._trials.values()):
-                self._train()
-            elif self._saver.busy:
-                with self._meter.on("checkpoint"):
-                    self._inbox.waiting(_SAVING_S)
-            else:
-                self._inbox.waiting(_LOOK_S)
+        while (reason := self.turn()) is None:
+            pass
+        return reason
+
+    def turn(self) -> Literal["stop", "paid_time"] | None:
+        """Obeys what has come and does the next piece of work, or waits a moment; returns why it is time to end."""
+        self._saver.collect()
+        self._obey()
+        if reason := self._reason_to_end():
+            return reason
+        ready = [trial for trial in self._trials.values() if not trial.standing and trial.arrived()]
+        if self._examine_base and not self._out_of_time(evaluating=True):
+            self._examine_the_base()
+        elif ready and not self._out_of_time(evaluating=True):
+            self._conclude(ready[0])
+        elif not self._out_of_time() and any(not (t.standing or t.arrived()) for t in self._trials.values()):
+            self._train()
+        elif self._saver.busy:
+            with self._meter.on("checkpoint"):
+                self._inbox.waiting(_SAVING_S)
+        else:
+            self._inbox.waiting(_LOOK_S)
+        return None
 
     def _engine(self) -> Engine:
         assert self._method is not None

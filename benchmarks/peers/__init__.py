@@ -1,0 +1,1 @@
+"""Other people's searches, each driven by ask and tell in the environment of benchmarks/requirements-peers.txt."""

@@ -1,0 +1,190 @@
+"""A study on a recorded table in simulated time: the real loop, ledger, store and sampler, and the real worker's code.
+
+The simulated machine is benchmarks/simulated.py; here is what surrounds it: the spec of a table's study, the sampler's
+memory that gets a row for whatever it suggests, and what of a study is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from optuna.trial import FrozenTrial
+
+from benchmarks.simulated import (
+    BOOT,
+    LOAD_SECONDS,
+    MICROS_PER_HOUR,
+    STATE_SECONDS,
+    VALIDATION_TOKENS,
+    SimulatedLauncher,
+)
+from benchmarks.tables import Pool, Row, Table
+from budgets.ledger import Ledger
+from sweep import launch, pricing, records
+from sweep.audit import violations
+from sweep.errors import InvariantError
+from sweep.loop import Stopping, Sweep
+from sweep.run import take
+from sweep.spec import Spec, validate
+from sweep.store import Store
+from sweep.study import Memory, _ViewedStudy
+from trainers.meter import Timings
+
+
+class _MovedStudy(_ViewedStudy):
+    """A study whose sampler sees each trial with the parameters of the row that it got."""
+
+    moved: dict[int, dict[str, Any]]
+
+    def _get_trials(self, *arguments: Any, **options: Any) -> list[FrozenTrial]:
+        return [self._with_row(trial) for trial in super()._get_trials(*arguments, **options)]
+
+    def _with_row(self, trial: FrozenTrial) -> FrozenTrial:
+        row = self.moved.get(trial.number)
+        if row is None:
+            return trial
+        shown = copy.copy(trial)  # the storage keeps the original in its cache
+        shown.params = {name: row.get(name, value) for name, value in trial.params.items()}
+        return shown
+
+
+class TableMemory(Memory):
+    """The sampler's memory, which gets a row of the table for whatever it suggests (benchmarks.tables.Pool)."""
+
+    def __init__(self, store: Store, name: str, seed: int, table: Table) -> None:
+        """Opens the study over a pool of all rows."""
+        super().__init__(store, name, seed)
+        self.pool = Pool(table)
+        self.rows: dict[int, Row] = {}
+        self._study = study = _MovedStudy(name, self._storage)
+        study.moved = {}
+
+    def _ask(self, expected: int, suggest: Any, paused: Any, diverged: Any) -> tuple[int, dict[str, Any]]:
+        number, chosen = super()._ask(expected, suggest, paused, diverged)
+        wanted = {name.removeprefix("lora_"): value for name, value in chosen.items()}
+        row = self.rows[number] = self.pool.take(wanted)
+        got = {name: row.config[name.removeprefix("lora_")] for name in chosen}
+        assert isinstance(self._study, _MovedStudy)
+        self._study.moved[number] = got
+        return number, got
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One evaluation of a search: what was spent by then, of which row, and the loss that it saw."""
+
+    dollars: float
+    row: int
+    share: float  # of a whole run
+    loss: float
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a search did: evaluations in their order, and what it had spent at its end."""
+
+    seen: list[Seen]
+    spent: float
+    trials: int
+    steps: list[tuple[int, float]] = field(default_factory=list)  # (trials so far, seconds) of each step of the loop
+
+
+def make_spec(table: Table, folder: Path, seed: int, cap_micros: int, slots: int, **search: Any) -> Spec:
+    """The study of a table: its own space, everything else as a user gets it."""
+    (folder / "timings.json").write_text(json.dumps({}))
+    space = table.facts["space"]["lora"]
+    low, high = space["learning_rate"]
+    choices = {name: space[name] for name in ("rank", "alpha", "targets", "batch_size")}
+    values = {
+        "study": "replay",
+        "model": "replay:table",
+        "data": {"train": "recorded"},
+        "machine": {"price": "$3.60/hour", "slots": slots, "timings": str(folder / "timings.json")},
+        "budget": {"cap": f"${cap_micros / 1e6:.6f}"},
+        "search": {"learning_rate": {"low": low, "high": high}, "trials": len(table.rows), **choices} | search,
+        "seed": seed,
+    }
+    return validate(values, "replay")
+
+
+def _facts(table: Table, spec: Spec) -> dict[str, Any]:
+    examples, tokens = int(table.facts["examples"]), float(table.facts["tokens_per_example"])
+    splits = {
+        "train": {"rows": examples, "tokens": round(examples * tokens)},
+        "validation": {"rows": 100, "tokens": VALIDATION_TOKENS},
+    }
+    facts = {"parameters": table.facts["parameters"], "device": "replay", "cores": 8, "seconds": 0.0}
+    lengths = launch.lengths(spec.search, splits)
+    plan = {**vars(lengths), "rung_rows": 100, "rung_tokens": VALIDATION_TOKENS}
+    return facts | {"data": {"splits": splits}, "plan": plan}
+
+
+def _timings(table: Table) -> Timings:
+    each = float(np.mean([row.seconds_per_token for row in table.rows]))
+    evaluate = float(np.mean([row.evaluate_seconds for row in table.rows])) / VALIDATION_TOKENS
+    return Timings(LOAD_SECONDS, evaluate, STATE_SECONDS, STATE_SECONDS, {"lora": each, "full": each})
+
+
+def replay(
+    table: Table,
+    seed: int,
+    runs: float,
+    slots: int = 4,
+    sweep: type[Sweep] = Sweep,
+    memory: type[TableMemory] = TableMemory,
+    scratch: str | None = "/dev/shm",
+    watch: Callable[[Sweep, Callable[[], bool]], bool] | None = None,
+    **search: Any,
+) -> Replayed:
+    """Runs a whole study on a table's LoRA rows, under a cap that pays for `runs` whole runs alone, and audits it.
+
+    Raises what Sweep.run raises, and InvariantError for books that do not agree.
+
+    `sweep` and `memory` may be variants of the real ones; `search` replaces keys of the spec's section. `watch` is
+    called in the place of each step of the loop, with the loop and that step.
+    """
+    table = table.of("lora")
+    cap = round(runs * table.run_seconds() * MICROS_PER_HOUR / 3600)
+    place = scratch if scratch and Path(scratch).is_dir() else None
+    with tempfile.TemporaryDirectory(dir=place) as temporary:
+        folder = Path(temporary)
+        spec = make_spec(table, folder, seed, cap, slots, **search)
+        store = Store(f"sqlite:///{folder}/studies.db", create=True)
+        launch.create(store, spec, _facts(table, spec), pricing.quote(spec), folder, BOOT)
+        take(store, spec.study)
+        launcher = SimulatedLauncher(table, seed, slots, _timings(table))
+        mind = memory(store, spec.study, seed, table)
+        driven = sweep(store, spec.study, launcher, mind, Stopping())
+        if watch is not None:
+            step = driven.step
+            driven.step = lambda: watch(driven, step)  # type: ignore[method-assign]
+        driven.run()
+        with store.read() as connection:
+            trials = records.trials(connection, spec.study)
+            spent = Ledger(connection, spec.study).balances().spent
+            wrong = violations(connection, spec.study)
+        if wrong:
+            raise InvariantError(wrong[0])
+        mind.close()
+        store.dispose()
+    return Replayed(_seen(table, launcher, mind), spent / 1e6, len(trials))
+
+
+def _seen(table: Table, launcher: SimulatedLauncher, mind: TableMemory) -> list[Seen]:
+    found, before_ms = [], 0
+    for worker in launcher.workers:
+        for event in worker.said:
+            loss = getattr(event, "loss", None)
+            trial = getattr(event, "trial", None)
+            if loss is not None and trial is not None:
+                dollars = (before_ms + event.at_ms) / 3.6e6 * MICROS_PER_HOUR / 1e6
+                found.append(Seen(dollars, mind.rows[trial].number, min(event.tokens / table.run_tokens, 1.0), loss))  # type: ignore[attr-defined]
+        before_ms += worker.said[-1].at_ms
+    return found
