@@ -66,8 +66,8 @@ class TableMemory(Memory):
         self._study = study = _MovedStudy(name, self._storage)
         study.moved = {}
 
-    def _ask(self, expected: int, suggest: Any, paused: Any, diverged: Any) -> tuple[int, dict[str, Any]]:
-        number, chosen = super()._ask(expected, suggest, paused, diverged)
+    def _ask(self, expected: int, suggest: Any, *seen: Any) -> tuple[int, dict[str, Any]]:
+        number, chosen = super()._ask(expected, suggest, *seen)
         wanted = {name.removeprefix("lora_"): value for name, value in chosen.items()}
         row = self.rows[number] = self.pool.take(wanted)
         got = {name: row.config[name.removeprefix("lora_")] for name in chosen}
@@ -97,7 +97,10 @@ class Replayed:
 
 
 def make_spec(table: Table, folder: Path, seed: int, cap_micros: int, slots: int, **search: Any) -> Spec:
-    """The study of a table: its own space, everything else as a user gets it."""
+    """The study of a table: its own space, everything else as a user gets it, but nothing for an endgame.
+
+    What is compared is the search, and a table has no other seeds for every row.
+    """
     (folder / "timings.json").write_text(json.dumps({}))
     space = table.facts["space"]["lora"]
     low, high = space["learning_rate"]
@@ -109,6 +112,7 @@ def make_spec(table: Table, folder: Path, seed: int, cap_micros: int, slots: int
         "machine": {"price": "$3.60/hour", "slots": slots, "timings": str(folder / "timings.json")},
         "budget": {"cap": f"${cap_micros / 1e6:.6f}"},
         "search": {"learning_rate": {"low": low, "high": high}, "trials": len(table.rows), **choices} | search,
+        "endgame": {"seeds": 0},
         "seed": seed,
     }
     return validate(values, "replay")

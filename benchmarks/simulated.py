@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.tables import SPACE, Row, Run, Table, choose_seed
-from trainers.engine import Evaluation, Position, TrialFailed
+from trainers.engine import Engine, Evaluation, Position, TrialFailed
+from trainers.judging import Examination, Judge, Judgement, Measured
 from trainers.messages import Command, Event, Progress, Ready, TrialConfig, UsageRecord, WorkerJob
 from trainers.meter import Kind, Meter, Timings
 from trainers.replay import ReplayEngines, remove_older
@@ -197,6 +198,27 @@ class _Queue:
         return lines
 
 
+class _Losses:
+    """Implements `trainers.judging.Examiner` on a table, which holds validation losses and nothing by example."""
+
+    def evaluate(self, engine: Engine, trial: int | None, rows: int | None) -> Judgement:
+        """See Examiner."""
+        found = engine.evaluate(trial, rows)
+        return Judgement(found.rung_nll / found.rung_tokens, found.nll / found.completion_tokens, found.input_tokens)
+
+    def measure(self, engine: Engine, trial: int, judgement: Judgement) -> Measured:
+        """See Examiner."""
+        return Measured()
+
+    def examine(self, engine: Engine, trial: int | None) -> Examination:
+        """See Examiner."""
+        return Examination()
+
+    def majority(self) -> dict[str, float]:
+        """See Examiner."""
+        return {}
+
+
 class _Worker(Worker):
     """The real worker, which takes turns in its orchestrator's process."""
 
@@ -211,6 +233,7 @@ class _Worker(Worker):
     def load(self) -> None:
         """Gets ready."""
         self._loaded, self._remove_older = ReplayEngines({"lora": self._table_engine}, "simulated", 1, []), remove_older
+        self._judge = Judge(_Losses(), self._meter, self._job.rung_rows)
         self._meter.work("load", "lora", 0)
         self._emit(Ready, device="simulated", slots={"lora": self._table_engine.slots}, parameters=1)
         self._meter.ready()
