@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
 from trainers import models
 from trainers.engine import TrialFailed
+from trainers.full import distributed
 from trainers.full.engine import FullEngine
 from trainers.full.replica import deal
 from trainers.generation import greedy
@@ -283,6 +284,24 @@ def test_eight_bit_states_are_resumed_to_the_bit(
     assert caught.value.code == "error"
     assert same_bits(weights(plain.base.model), weights(load_base(job.model, "cpu").model))
     plain.admit(full_trial(), None, None)
+
+
+def test_eight_bits_in_two_processes_are_refused(job: WorkerJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8-bit states can't be taken apart and put together to the bit: refused as the worker loads, nobody is started."""
+    part = ModuleType("bitsandbytes.optim")
+    part.AdamW8bit = AdamW8bit  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", part)
+    monkeypatch.setattr(distributed, "COMMAND", ["false"])
+    with pytest.raises(ModelError, match="adamw-8bit: trains in one process; use adamw, or processes: 1"):
+        make(job, optimizer="adamw-8bit", processes=2)
+
+
+def test_a_process_that_cannot_start_is_an_error(job: WorkerJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another process ends before it is ready, loading fails with its exit code instead of waiting for it."""
+    monkeypatch.setattr(distributed, "COMMAND", ["false"])
+    with pytest.raises(ModelError, match="process 1 of 2 ended: exit code 1"):
+        make(job, processes=2)
 
 
 def test_eight_bits_without_a_library_are_refused(job: WorkerJob, monkeypatch: pytest.MonkeyPatch) -> None:

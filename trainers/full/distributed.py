@@ -43,7 +43,8 @@ from trainers.training import is_out_of_memory
 T = TypeVar("T")
 COLLECTIVE_S = 300.0  # that a collective may take: the slowest waits for a compilation elsewhere
 NOTICE_S = 5.0  # in which the worker must have noticed that another process died
-_LOOK_S = 1.0  # how long a failed collective waits to hear whose failure it was
+COMMAND = [sys.executable, "-P", "-m", "trainers.full.distributed"]
+_LOOK_S = 10.0  # how long a failed collective waits to hear whose failure it was
 
 
 class GroupError(Exception):
@@ -94,44 +95,46 @@ class Group:
             self._start({**settings, "rank": rank, "ranks": ranks, "port": store.port, "device": str(devices[rank])})
         for _ in self._children:
             self._ready.acquire()
-        if self.failure is None:
-            _join(0, ranks, store, devices[0])
-        else:
+        if self.failure is not None:
             self.end()
             raise (ModelError if self.failure[0] == "error" else GroupError)(self.failure[1])
+        self.in_use = True  # nobody may be missing here either
+        _join(0, ranks, store, devices[0])
+        self.in_use = False
 
     def _start(self, settings: dict[str, Any]) -> None:
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "trainers.full.distributed"],
+            COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # A child looks whether its parent is still the one that started it.
             env={**os.environ, "PYTHONPATH": path, processes.WATCHDOG_PID: str(os.getpid())},
         )
         self._children.append(child)
-        _write(child, settings)
+        with suppress(OSError):  # it has ended, and is heard of below
+            _write(child, settings)
         threading.Thread(target=self._listen, args=(child, settings["rank"]), daemon=True).start()
 
     def _listen(self, child: subprocess.Popen[bytes], rank: int) -> None:
         """Hears what a process says until it ends, and sees to it that its end is noticed."""
         said: tuple[FailureCode, str] | None = None
         assert child.stdout is not None
-        for line in child.stdout:
-            word = json.loads(line)
-            if "ready" in word:
-                self._ready.release()
-            else:
-                said = word["code"], word["message"]
+        with child.stdout as words:
+            for line in words:
+                word = json.loads(line)
+                if "ready" in word:
+                    self._ready.release()
+                else:
+                    said = word["code"], word["message"]
+                    self._fail(said)
         status = child.wait()
         if self._ended:
             return
         how = f"killed by signal {-status}" if status < 0 else f"exit code {status}"
         lone = f"process {rank} of {self.ranks} ended: {how}; its last words are in worker.log"
-        if self.failure is None or (said is not None and said[0] == "out_of_memory"):
-            self.failure = said or ("error", lone)
-        self._failed.set()
+        self._fail(said or ("error", lone))
         self._ready.release()
         if not self.in_use:
             return
@@ -142,6 +145,12 @@ class Group:
             os.write(2, f"{lone}; this one can't go on\n".encode())
             os._exit(1)
 
+    def _fail(self, failure: tuple[FailureCode, str]) -> None:
+        # Where one ran out of memory, the others' connections break a moment later, or are heard of before.
+        if self.failure is None or failure[0] == "out_of_memory":
+            self.failure = failure
+        self._failed.set()
+
     def tell(self, call: str, **arguments: Any) -> None:
         """Has the others make a call. Raises GroupError where one of them is gone."""
         try:
@@ -150,9 +159,11 @@ class Group:
         except OSError as error:
             raise GroupError(f"a process of the group can't be spoken to: {error}") from error
 
-    def why(self) -> tuple[FailureCode, str] | None:
+    def why(self, error: Exception) -> tuple[FailureCode, str] | None:
         """Whose failure a failed call was: another process's, or None. Takes a moment to find out."""
-        self._failed.wait(_LOOK_S)
+        self._noticed.set()
+        if not (isinstance(error, RuntimeError) and is_out_of_memory(error)):
+            self._failed.wait(_LOOK_S)
         return self.failure
 
     def end(self) -> None:
@@ -225,7 +236,7 @@ class Ensemble:
             group.tell(call, **arguments)
             return here()
         except (RuntimeError, GroupError) as error:
-            failure = group.why()
+            failure = group.why(error)
             self._group = None
             group.end()
             if failure is None:
