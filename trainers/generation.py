@@ -1,4 +1,4 @@
-"""Greedy decoding with transformers' own generation."""
+"""Greedy generation with a causal model as transformers has it: left padding, an attention mask, a cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-@torch.no_grad()
 def greedy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -19,49 +18,72 @@ def greedy(
     max_new_tokens: int,
     micro_tokens: int,
 ) -> list[list[int]]:
-    """The likeliest continuation of each prompt, token by token, up to the end-of-sequence token, which is left out.
+    """The most likely continuation, token by token, of each prompt (token ids), in their order.
 
-    Prompts of like length go together, in batches of at most `micro_tokens`, padding and room for what is generated
-    included, but at least one.
+    Each ends before the tokenizer's end-of-sequence token or after `max_new_tokens`. Prompts of like length form
+    batches of at most `micro_tokens` tokens, continuations and padding included, but at least one prompt. The model is
+    in eval mode afterwards.
     """
+    model.eval()
     found: list[list[int]] = [[] for _ in prompts]
-    eos = tokenizer.eos_token_id
-    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=pad
-    )
-    with _settings_of_its_own_left_out(model):
-        for places in _batches([len(prompt) for prompt in prompts], max_new_tokens, micro_tokens):
-            longest = max(len(prompts[place]) for place in places)
-            ids = torch.full((len(places), longest), pad, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for row, place in enumerate(places):
-                length = len(prompts[place])
-                ids[row, longest - length :] = torch.from_numpy(prompts[place].astype(np.int64))
-                mask[row, longest - length :] = 1
-            out = model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
-            )
-            for place, tokens in zip(places, out[:, longest:].tolist(), strict=True):
-                found[place] = tokens[: tokens.index(eos)] if eos in tokens else tokens
+    with torch.no_grad(), _plainly(model, tokenizer, max_new_tokens):
+        for batch in _batches([len(prompt) for prompt in prompts], max_new_tokens, micro_tokens):
+            for place, new in zip(batch, _continue(model, tokenizer, [prompts[p] for p in batch]), strict=True):
+                found[place] = new
     return found
 
 
+def _batches(lengths: Sequence[int], max_new_tokens: int, micro_tokens: int) -> Iterator[list[int]]:
+    """Places of prompts, the shortest first, in batches."""
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * (lengths[place] + max_new_tokens) > micro_tokens:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
 @contextmanager
-def _settings_of_its_own_left_out(model: PreTrainedModel) -> Iterator[None]:
-    """A model's own generation settings fill what is not set: temperatures, and penalties on repetition."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
+def _plainly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Iterator[None]:
+    """Nothing but the most likely token: what a model's folder says of sampling or penalties is out of force."""
+    before = model.generation_config
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=_padding(tokenizer),
+    )
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = before
 
 
-def _batches(lengths: Sequence[int], more: int, budget: int) -> list[list[int]]:
-    """Places of the prompts, in batches, the longest first."""
-    batches: list[list[int]] = []
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        if not batches or (len(batches[-1]) + 1) * (lengths[batches[-1][0]] + more) > budget:
-            batches.append([])
-        batches[-1].append(place)
-    return batches
+def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    # Whichever it is: the attention mask hides it.
+    chosen = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    assert isinstance(chosen, int)
+    return chosen
+
+
+def _continue(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[NDArray[np.int32]]
+) -> list[list[int]]:
+    longest = max(len(prompt) for prompt in prompts)
+    ids = np.full((len(prompts), longest), _padding(tokenizer), dtype=np.int64)
+    mask = np.zeros((len(prompts), longest), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    device = model.get_input_embeddings().weight.device
+    given = torch.from_numpy(ids).to(device)
+    out = model.generate(given, attention_mask=torch.from_numpy(mask).to(device))
+    assert isinstance(out, torch.Tensor)
+    return [_until(new, tokenizer.eos_token_id) for new in out[:, longest:].tolist()]
+
+
+def _until(tokens: list[int], end: int) -> list[int]:
+    return tokens[: tokens.index(end)] if end in tokens else tokens

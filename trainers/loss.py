@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from trainers.lora.head import chunk_loss, chunk_of
 from trainers.models import Base, ModelError
 from trainers.splits import Example
 
@@ -56,29 +57,33 @@ def flat_batch(examples: Sequence[Example], device: torch.device) -> FlatBatch:
     return FlatBatch(move(ids)[None], move(positions)[None], move(trained - 1), move(ids[trained]))
 
 
+def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[list[slice], bool]:
+    """Spans of tokens that meet the head at once, and whether all are of the one shape that is compiled for a GPU."""
+    count = hidden.shape[0]
+    rows = chunk_of(weight.shape[0], "cuda") if hidden.is_cuda else max(1, CHUNK_LOGITS // weight.shape[0])
+    compiled = hidden.is_cuda and count % rows == 0
+    return [slice(at, min(at + rows, count)) for at in range(0, count, rows)], compiled
+
+
 class _ChunkedNll(torch.autograd.Function):
     """Linear layer and cross-entropy in one; gradients are computed along with the loss, while the logits are there."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, differentiate: bool
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
-        rows = max(1, CHUNK_LOGITS // weight.shape[0])
-        for_hidden = torch.empty_like(hidden) if differentiate and ctx.needs_input_grad[0] else None
-        for_weight = (
-            torch.zeros_like(weight, dtype=torch.float32) if differentiate and ctx.needs_input_grad[1] else None
-        )
-        for start in range(0, hidden.shape[0], rows):
-            part, wanted = hidden[start : start + rows], targets[start : start + rows, None]
-            # log_softmax in fp32, as in transformers' own loss.
-            logp = torch.log_softmax((part @ weight.T).float(), dim=-1)
-            total -= logp.gather(1, wanted).sum()
-            if not differentiate:
-                continue
-            slope = logp.exp_().scatter_add_(1, wanted, logp.new_full(wanted.shape, -1.0)).to(weight.dtype)
+        for_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # Summed over chunks in fp32, whatever the weight is in.
+        for_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        spans, compiled = _chunks(hidden, weight)
+        run = chunk_loss(compiled)
+        for span in spans:
+            part = hidden[span]
+            losses, slope = run(part @ weight.T, targets[span], weights[span], any(ctx.needs_input_grad[:2]))
+            total += losses.sum()
             if for_hidden is not None:
-                for_hidden[start : start + rows] = slope @ weight
+                for_hidden[span] = slope @ weight
             if for_weight is not None:
                 for_weight += slope.T @ part
         ctx.save_for_backward(for_hidden, None if for_weight is None else for_weight.to(weight.dtype))
@@ -96,9 +101,28 @@ class _ChunkedNll(torch.autograd.Function):
         )
 
 
-def chunked_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of cross-entropies (nats, fp32 scalar) of `hidden` [P, d] through `weight` [V, d] against `targets` [P]."""
-    return _ChunkedNll.apply(hidden, weight, targets, torch.is_grad_enabled())
+def chunked_nll(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum of cross-entropies (nats, fp32 scalar) of `hidden` [P, d] through `weight` [V, d] against `targets` [P].
+
+    Each token's is multiplied by its `weights` [P], where given.
+    """
+    if weights is None:
+        weights = torch.ones(targets.shape, dtype=torch.float32, device=hidden.device)
+    if not torch.is_grad_enabled():
+        return (token_nll(hidden, weight, targets) * weights).sum()
+    loss: torch.Tensor = _ChunkedNll.apply(hidden, weight, targets, weights)
+    return loss
+
+
+@torch.no_grad()
+def token_nll(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy (nats) of each of `hidden` [P, d] through `weight` [V, d] against `targets` [P], fp32 [P]."""
+    spans, compiled = _chunks(hidden, weight)
+    run = chunk_loss(compiled)
+    ones = torch.ones(targets.shape, dtype=torch.float32, device=hidden.device)
+    return torch.cat([run(hidden[span] @ weight.T, targets[span], ones[span], False)[0] for span in spans])
 
 
 def completion_nll(decoder: nn.Module, head: nn.Linear, batch: FlatBatch) -> torch.Tensor:

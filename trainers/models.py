@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,11 +139,15 @@ def check_weights(folder: Path) -> None:
             raise ModelError(f"{folder.name}: {file.name} is damaged: {one_line(error)}; download it again") from error
 
 
-def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """Builds the model without memory for its weights (meta device). Raises ModelError for an unknown architecture."""
+def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Builds the model without memory for its weights (meta device); `dtype` None is what the configuration says.
+
+    Raises ModelError for an unknown architecture.
+    """
+    chosen = {} if dtype is None else {"dtype": dtype}
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **chosen)
     except LOAD_ERRORS as error:
         raise ModelError(
             f"{config.model_type}: is no causal language model transformers knows: {one_line(error)}"
@@ -195,6 +200,12 @@ def load_base(model: str, device: str) -> Base:
     name = str(folder) if Path(model).expanduser().is_dir() else model
     loaded.name_or_path = name  # what an adapter's configuration will name as its base
     return Base(name, loaded, tokenizer, loaded.get_decoder(), head_of(loaded), where)
+
+
+def layers_of(decoder: nn.Module) -> list[nn.Module]:
+    """The decoder's layers: the longest list of modules in it."""
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=len)) if lists else []
 
 
 def layer_linears(model: PreTrainedModel) -> dict[str, tuple[nn.Linear, str]]:
@@ -290,28 +301,52 @@ def _pack(job: WorkerJob, base: Base, train: Split, validation: Split) -> tuple[
     return width.slots, width.tokens
 
 
-def load_engines(job: WorkerJob) -> LoadedEngines:
-    """Loads base model and prepared data once and puts an engine of each method over them.
+@contextmanager
+def _compiling_ahead(job: WorkerJob, train: Split, validation: Split) -> Iterator[None]:
+    """Compiles the packed engine's kernels beside what the context does, on a GPU; at its end they are there."""
+    if "lora" not in job.methods or pick_device(job.device).type != "cuda":
+        yield
+        return
+    from trainers.lora import precompile
 
-    Before that the engine's loss is compared with the model's own. Raises ModelError and DataError.
-    """
-    # Imported here: the engines import this module.
-    from trainers.full.engine import FullEngine
+    longest = int(max(train.lengths.max(), validation.lengths.max()))
+    wanted = precompile.expected(job.slots, job.max_rank, longest)
+    with precompile.running(str(resolve(job.model)), wanted):
+        yield
+
+
+def _lora_engine(job: WorkerJob, base: Base, train: Split, validation: Split) -> Engine:
     from trainers.lora.engine import LoraEngine
-    from trainers.loss import verify_loss
-    from trainers.splits import load_split
 
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
-    train, validation = (load_split(Path(job.data), name) for name in ("train", "validation"))
-    base = load_base(job.model, job.device)
-    verify_loss(base, [train[0], train[min(1, train.rows - 1)]])
     slots, stream_tokens = _pack(job, base, train, validation)
     lora = LoraEngine(base, train, validation, job.rung_rows, stream_tokens, slots)
     if base.device.type == "cuda":
         from trainers.lora import probe
 
         probe.warm_up(lora, job.max_rank)
-    engines: dict[str, Engine] = {"lora": lora, "full": FullEngine(base, train, validation, job.rung_rows)}
+    return lora
+
+
+def load_engines(job: WorkerJob) -> LoadedEngines:
+    """Loads base model and prepared data once and puts an engine of each of the job's methods over them.
+
+    Before that the engine's loss is compared with the model's own. Raises ModelError and DataError.
+    """
+    # Imported here: the engines import this module.
+    from trainers.full.engine import FullEngine
+    from trainers.loss import verify_loss
+    from trainers.splits import load_split
+
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    train, validation = (load_split(Path(job.data), name) for name in ("train", "validation"))
+    with _compiling_ahead(job, train, validation):
+        base = load_base(job.model, job.device)
+        verify_loss(base, [train[0], train[min(1, train.rows - 1)]])
+    engines: dict[str, Engine] = {}
+    if "lora" in job.methods:
+        engines["lora"] = _lora_engine(job, base, train, validation)
+    if "full" in job.methods:
+        engines["full"] = FullEngine(base, train, validation, job.rung_rows, job=job)
     device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else "cpu"
     return LoadedEngines(engines, device, base.model.num_parameters(), linear_shapes(base.model))

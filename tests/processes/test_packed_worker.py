@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 from process_bench import Bench
 
 from trainers.messages import Continue, Drop, Evaluated, Stop, UsageRecord
 
-TRAINERS = Path(__file__).parents[1] / "trainers"
-# In a process of its own: this one stays without torch.
-PREPARE = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import tiny
-from transformers import AutoTokenizer
-from trainers.data import prepare
-root = Path(sys.argv[2])
-tiny.save_model(root / "tiny")
-prepare(AutoTokenizer.from_pretrained(root / "tiny"), train=str(root / "rows.jsonl"), folder=root / "data",
-        validation=0.2, test=0.1, max_tokens=64, seed=3, model="tiny")
-"""
-WORDS = ["red", "blue", "dog", "cat", "bird", "runs", "sleeps", "sings", "slowly", "over", "the", "a", "house", "river"]
 MIXED: dict[int, dict[str, Any]] = {
     0: {"rank": 4, "alpha": 8.0, "targets": "attention", "batch_size": 2, "learning_rate": 1e-2, "dropout": 0.1},
     1: {"rank": 16, "alpha": 16.0, "targets": "mlp", "batch_size": 4, "learning_rate": 3e-3, "weight_decay": 0.1},
@@ -38,21 +18,6 @@ MIXED: dict[int, dict[str, Any]] = {
 }
 BAD = (8, 9)
 EXAMPLES = 240
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tiny model, and rows of differing lengths, prepared."""
-    root = tmp_path_factory.mktemp("prepared")
-    rng = random.Random(1)
-
-    def words() -> str:
-        return " ".join(rng.choices(WORDS, k=rng.randint(2, 9)))
-
-    rows = [{"prompt": words() + " ->", "completion": " " + words()} for _ in range(60)]
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    subprocess.run([sys.executable, "-c", PREPARE, str(TRAINERS), str(root)], check=True)
-    return root
 
 
 def start(bench: Bench, prepared: Path, slots: int) -> None:

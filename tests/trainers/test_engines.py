@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trainers import training
 from trainers.checkpoints import remove_older
 from trainers.engine import TrialFailed
+from trainers.full import replica
 from trainers.full.engine import FullEngine
 from trainers.lora import engine as lora_engine
 from trainers.messages import TrialConfig
@@ -152,7 +153,7 @@ def test_a_diverging_trial_fails_alone(load: Load, config: TrialConfig) -> None:
 def test_out_of_memory_fails_the_trial(load: Load, config: TrialConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lack of memory in a step ends as `out_of_memory` with gradients freed; other errors are not mistaken for it."""
     engine: Any = load().engines[config.method]
-    place, name = (lora_engine, "score") if config.method == "lora" else (training, "completion_nll")
+    place, name = (lora_engine, "score") if config.method == "lora" else (replica, "chunked_nll")
     real: Any = getattr(place, name)
     calls = []
 
@@ -257,10 +258,11 @@ def test_bf16_full_training_steps_fp32_masters(load: Load, tmp_path: Path) -> No
             engine.checkpoint(2, tmp_path / "step-6")
             engine.drop(2)
             engine.admit(config, tmp_path / "step-6", None)
-        assert all(m.dtype == torch.float32 for m in engine._masters.values())
-        assert all(torch.equal(w, engine._masters[n].bfloat16()) for n, w in engine._weights().items())
+        masters = engine._own.masters
+        assert all(m.dtype == torch.float32 for m in masters.values())
+        assert all(torch.equal(w, masters[n].bfloat16()) for n, w in engine.base.model.named_parameters())
         name = "model.layers.0.mlp.up_proj.weight"
-        moved = (engine._masters[name] - before[name].float()).abs()
+        moved = (masters[name] - before[name].float()).abs()
         assert 0 < moved.max() < 1e-4
         curves.append(losses + curve(engine, 2))
         engine.drop(2)

@@ -1,120 +1,292 @@
-"""Full-parameter training in the base model's own weights, one trial at a time, into transformers folders."""
+"""Full-parameter training, one trial at a time, into transformers folders.
+
+The engine knows how far the trial is, when it has failed and what is written; a `Replica` trains it, or an `Ensemble`
+of several, one a process.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM
+from numpy.typing import NDArray
+from safetensors import SafetensorError
 
-from trainers.checkpoints import load_tensors, save_tensors
-from trainers.messages import TrialConfig
-from trainers.models import Base
-from trainers.splits import Split
-from trainers.training import SlotEngine
+from trainers.checkpoints import (
+    OPTIMIZER,
+    CheckpointError,
+    State,
+    holds,
+    load_tensors,
+    read_state,
+    save_tensors,
+    write_folder,
+    write_state,
+)
+from trainers.engine import Evaluation, Position, TrialFailed
+from trainers.full import optimizers, weights
+from trainers.full.distributed import Ensemble
+from trainers.full.replica import Options, Replica, Saved
+from trainers.messages import FailureCode, TrialConfig, WorkerJob
+from trainers.models import Base, ModelError
+from trainers.splits import Split, batches
+from trainers.training import DROPOUT, MICRO_TOKENS, Late, Run, derive_seed, evaluation, is_out_of_memory, rate
 
-MASTERS = "masters.safetensors"
+T = TypeVar("T")
+_REPORTS_AHEAD = 2  # steps whose figures may still be on their way from the GPU
 
 
-class FullEngine(SlotEngine):
-    """One full-parameter trial in the base model's own weights.
+class FullEngine:
+    """One full-parameter trial; implements `trainers.engine.Engine`.
 
-    Where those are in bf16, the optimizer steps fp32 masters, whose gradients are gathered in fp32 as backward yields
-    them; after each step the weights are their rounding. A copy of the base weights waits on the CPU from the first
-    trial on and is put back when a trial leaves.
+    The base weights are as they were, to the bit, when the trial has left.
     """
 
+    slots = 1
     method = "full"
 
     def __init__(
-        self, base: Base, train: Split, validation: Split, rung_rows: int, micro_tokens: int | None = None
+        self,
+        base: Base,
+        train: Split,
+        validation: Split,
+        rung_rows: int,
+        micro_tokens: int | None = None,
+        job: WorkerJob | None = None,
     ) -> None:
-        super().__init__(base, train, validation, rung_rows, micro_tokens)
-        self._pristine: dict[str, torch.Tensor] = {}
-        self._masters: dict[str, nn.Parameter] = {}
-        self._hooks: list[RemovableHandle] = []
+        """`micro_tokens` go through the model at once in each process; `job` says how trials are trained.
 
-    def _weights(self) -> dict[str, nn.Parameter]:
-        """The model's parameters; tied ones once."""
-        return dict(self.base.model.named_parameters())
+        Raises ModelError: no such optimizer, a loss that is not the model's own, other processes that can't be started.
+        """
+        self.base = base
+        self.train = train
+        self.validation = validation
+        self.rung_rows = rung_rows
+        options = Options(micro_tokens or MICRO_TOKENS[base.device.type])
+        if job is not None:
+            options = Options(options.micro_tokens, job.optimizer, job.checkpointing)
+        optimizers.find(options.optimizer)
+        longest = int(max(train.lengths.max(), validation.lengths.max()))
+        self._own = weights.Resident(base)
+        self._alone = Replica(self._own, train, longest, options)
+        self._alone.verify()
+        self._trained: Replica | Ensemble = self._alone
+        if job is not None and job.processes > 1:
+            self._trained = Ensemble(job, self._own.pristine, self._alone, options)
+        self._run: Run | None = None
+        self._reports: deque[Late] = deque()
 
-    def _open(self, config: TrialConfig, checkpoint: Path | None) -> dict[str, nn.Parameter]:
-        weights = self._weights()
-        if not self._pristine:
-            self._pristine = {name: w.detach().to("cpu", copy=True) for name, w in weights.items()}
-        saved = None if checkpoint is None else self._saved(checkpoint)
-        self.base.model.requires_grad_(True)
-        for name, weight in weights.items():
-            if weight.dtype == torch.float32:
-                self._masters[name] = weight
-            else:
-                self._masters[name] = master = nn.Parameter(weight.detach().float())
-                self._hooks.append(weight.register_post_accumulate_grad_hook(_gather_into(master)))
-        if saved is not None:
-            with torch.no_grad():
-                for name, master in self._masters.items():
-                    master.copy_(saved[name])
-            self._stepped()
-        return self._masters
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens that go through the model at once, in each process."""
+        return self._trained.micro_tokens
 
-    def _saved(self, checkpoint: Path) -> dict[str, torch.Tensor]:
-        """A checkpoint's weights in fp32 under the model's parameter names, on the CPU."""
-        if (checkpoint / MASTERS).exists():
-            return load_tensors(checkpoint / MASTERS)
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    @micro_tokens.setter
+    def micro_tokens(self, tokens: int) -> None:
+        self._trained.micro_tokens = self._alone.micro_tokens = tokens
+
+    # --- coming and going -------------------------------------------------------------------------------------------
+
+    def admit(self, config: TrialConfig, checkpoint: Path | None, until_tokens: int | None) -> Position:
+        """Puts the trial in the slot. Raises TrialFailed; RuntimeError where the slot or the base model is taken."""
+        if self.base.busy:
+            raise RuntimeError(f"trial {config.number} has no free slot")
+        if config.method != self.method:
+            raise RuntimeError(f"trial {config.number} is of method {config.method}, this engine of {self.method}")
+        self.base.busy = True
+        failure: tuple[FailureCode, str] | None = None
+        try:
+            self._run = self._build(config, checkpoint)
+        except (CheckpointError, ModelError, OSError, SafetensorError, ValueError) as error:
+            failure = "error", str(error)
+        except RuntimeError as error:
+            failure = "out_of_memory" if is_out_of_memory(error) else "error", str(error).splitlines()[0]
+        if failure is not None or self._run is None:
+            self._release()
+            raise TrialFailed(config.number, *(failure or ("error", "no trial was built")))
+        self._run.until_tokens = until_tokens
+        return self._run.position
+
+    def _build(self, config: TrialConfig, checkpoint: Path | None) -> Run:
+        if config.examples < 1 or config.batch_size < 1:
+            raise ValueError(f"examples {config.examples} and batch_size {config.batch_size} must be at least 1")
+        rows = self.train.rows
+        state, saved = State(config, 0, 0, rows), None
+        if checkpoint is not None:
+            state = read_state(checkpoint, config, rows)
+            moments = load_tensors(checkpoint / OPTIMIZER)
+            saved = Saved(state.step, weights.read(checkpoint), moments, str(checkpoint / OPTIMIZER))
+        self._trained.open(config, saved)
+        return Run(config=config, batches=batches(config, rows), step=state.step, tokens=state.tokens)
+
+    def target(self, trial: int, until_tokens: int | None) -> None:
+        """Sets where the trial stands still next; None is its end."""
+        self._of(trial).until_tokens = until_tokens
+
+    def position(self, trial: int) -> Position:
+        """Where the trial stands."""
+        return self._of(trial).position
+
+    def train_loss(self, trial: int) -> float:
+        """Mean training loss (nats a completion token) over the steps since the last call; nan if there were none."""
+        return self._of(trial).take_loss()
+
+    def occupancy(self) -> float:
+        """Real tokens over tokens computed: examples lie end to end."""
+        return 1.0
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def advance(self, pause: Callable[[], bool]) -> list[int]:
+        """Trains until the trial arrives at its target or `pause()` is true after a step.
+
+        Returns the trial if it stands at its target. Raises TrialFailed; the slot is free then.
+        """
+        run = self._run
+        if run is None:
+            return []
+        while not run.arrived:
+            self._step(run)
+            if pause():
+                break
+        self._settle(run, 0)
+        return [run.config.number] if run.arrived else []
+
+    def _step(self, run: Run) -> None:
+        """One optimizer step. A lack of memory ends the trial instead."""
+        config, step = run.config, run.step
+        rows = run.batches[step].tolist()
+        seed, now = derive_seed(config.seed, DROPOUT, step), rate(config, step, len(run.batches))
+        figures = self._attempt(
+            config.number, f"step {step + 1}", lambda: self._trained.step(rows, seed, now, config.clip_norm)
         )
-        return {name: weight.detach() for name, weight in model.named_parameters()}
+        run.step += 1
+        run.tokens += int(self.train.lengths[rows].sum())
+        self._reports.append(Late(figures))
+        self._settle(run, _REPORTS_AHEAD)
 
-    @torch.no_grad()
-    def _stepped(self) -> None:
-        for name, weight in self._weights().items():
-            if self._masters[name] is not weight:
-                weight.copy_(self._masters[name])
+    def _settle(self, run: Run, ahead: int) -> None:
+        """Reads the figures of all but the last `ahead` steps. Raises TrialFailed where one is not finite."""
+        while len(self._reports) > ahead:
+            step = run.step - len(self._reports) + 1
+            loss, norm = self._reports.popleft().read()
+            run.losses.append(loss)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self._release()
+                raise TrialFailed(run.config.number, "diverged", f"step {step}: loss {loss:g}, gradient norm {norm:g}")
 
-    @torch.no_grad()
-    def _close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._masters = [], {}
-        self.base.model.zero_grad(set_to_none=True)
-        self.base.model.requires_grad_(False)
-        self.base.model.eval()
-        self._put(self._pristine)
+    def _attempt(self, trial: int | None, doing: str, call: Callable[[], T]) -> T:
+        """What `call` returns. A lack of memory ends the trial: TrialFailed is raised, and the slot is free."""
+        try:
+            return call()
+        except RuntimeError as error:
+            if trial is None or not is_out_of_memory(error):
+                raise
+            message = f"{doing}: {str(error).splitlines()[0]}"
+        # Outside the except block, whose traceback would keep the tensors of what failed alive.
+        self._release()
+        raise TrialFailed(trial, "out_of_memory", message)
 
-    @torch.no_grad()
-    def _put(self, tensors: dict[str, torch.Tensor]) -> None:
-        weights = self._weights()
-        for name, tensor in tensors.items():
-            weights[name].copy_(tensor)
+    # --- judging ----------------------------------------------------------------------------------------------------
 
-    def _write(self, folder: Path) -> None:
-        self.base.model.save_pretrained(folder)
-        self.base.tokenizer.save_pretrained(folder)
-        if any(self._masters[name] is not weight for name, weight in self._weights().items()):
-            save_tensors(folder / MASTERS, self._masters)
+    def evaluate(self, trial: int | None, rows: int | None) -> Evaluation:
+        """Loss on the first `rows` validation rows (None: all) with the trial's weights; None is the base model.
+
+        Raises TrialFailed (the slot is free then) where a trial's loss is not finite or memory runs out.
+        """
+        count = self.validation.rows if rows is None else min(rows, self.validation.rows)
+        with self._judging(trial) as replica:
+            room = replica.micro_tokens * replica.ranks
+
+            def nll(part: list[int]) -> torch.Tensor:
+                return replica.losses(self.validation, part).sum()
+
+            result = self._attempt(
+                trial, "evaluation", lambda: evaluation(self.validation, self.rung_rows, count, room, nll)
+            )
+        self._check_finite(trial, "evaluation", result.nll)
+        return result
+
+    def score(self, trial: int | None, split: Split, rows: Sequence[int]) -> NDArray[np.float64]:
+        """Negative log-likelihood (nats) of each row's completion, float64 [rows], with the trial's weights.
+
+        None is the base model. Raises TrialFailed as `evaluate` does.
+        """
+        with self._judging(trial) as replica:
+            found: NDArray[np.float64] = self._attempt(
+                trial, "scores", lambda: replica.losses(split, rows).cpu().numpy()
+            )
+        self._check_finite(trial, "scores", float(found.sum()))
+        return found
+
+    def generate(self, trial: int | None, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy continuations of prompts (token ids), each up to the end-of-sequence token, which is left out.
+
+        Raises TrialFailed as `evaluate` does.
+        """
+        with self._judging(trial) as replica:
+            return self._attempt(trial, "generation", lambda: replica.generate(prompts, max_new_tokens))
 
     @contextmanager
-    def _base_weights(self) -> Iterator[None]:
-        live = {name: weight.detach().to("cpu", copy=True) for name, weight in self._weights().items()}
-        self._put(self._pristine)
-        try:
-            yield
-        finally:
-            self._put(live)
+    def _judging(self, trial: int | None) -> Iterator[Replica | Ensemble]:
+        """What runs the model with the trial's weights, or with the base weights, for the time of the context."""
+        if trial is None:
+            with self._trained.without_trial():
+                yield self._alone
+        else:
+            self._of(trial)
+            yield self._trained
 
+    def _check_finite(self, trial: int | None, doing: str, nll: float) -> None:
+        if trial is not None and not math.isfinite(nll):
+            self._release()
+            raise TrialFailed(trial, "diverged", f"{doing}: loss {nll:g}")
 
-def _gather_into(master: nn.Parameter) -> Callable[[torch.Tensor], None]:
-    """A hook that moves a weight's gradient onto its fp32 master, so that it is added up there, not in bf16."""
+    # --- leaving ----------------------------------------------------------------------------------------------------
 
-    def gather(weight: torch.Tensor) -> None:
-        assert weight.grad is not None
-        gradient = weight.grad.float()
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-        weight.grad = None
+    def checkpoint(self, trial: int, folder: Path) -> None:
+        """Writes the trial whole into `folder`, or nothing. Raises OSError."""
+        run = self._of(trial)
+        state = State(run.config, run.step, run.tokens, self.train.rows)
+        if holds(folder, state):
+            # A trial that repeats a stretch after a crash arrives at checkpoints that are there already.
+            return
+        masters, moments = self._trained.gather()
+        dtype = self.base.model.dtype
+        with write_folder(folder) as temporary:
+            rounded = {name: master.detach().to(dtype) for name, master in masters.items()}
+            self.base.model.save_pretrained(temporary, state_dict=rounded)
+            self.base.tokenizer.save_pretrained(temporary)
+            if any(rounded[name].dtype != master.dtype for name, master in masters.items()):
+                save_tensors(temporary / weights.MASTERS, masters)
+            save_tensors(temporary / OPTIMIZER, moments)
+            write_state(temporary, state)
 
-    return gather
+    def snapshot(self, trial: int) -> Callable[[Path], None] | None:
+        """None: nobody else trains while its only trial is written."""
+        self._of(trial)
+        return None
+
+    def drop(self, trial: int) -> None:
+        """Frees the slot. The base model is as it was, to the bit."""
+        self._of(trial)
+        self._release()
+
+    def _release(self) -> None:
+        self._run = None
+        self._reports.clear()
+        self._trained.close()
+        self.base.busy = False
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _of(self, trial: int) -> Run:
+        if self._run is None or self._run.config.number != trial:
+            raise KeyError(f"trial {trial} is in no slot of this engine")
+        return self._run

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from trainers.lora import attention_kernels  # noqa: F401  (registers the operator that attention.py calls)
 from trainers.lora.attention import packed as packed_attention
@@ -24,11 +23,12 @@ from trainers.lora.bank import Slot, padded
 from trainers.lora.head import Targets, chunk_of
 from trainers.lora.linear import PackedGroup
 from trainers.lora.stream import BLOCK, TILE, WIDE, Laid, Part, Stream, blocks_of, lay, slot_row, tiles_of
-from trainers.models import Base
+from trainers.models import Base, layers_of
 from trainers.splits import Split
 
 SHORTEST = 512  # tokens of the shortest stream
 EXAMPLES_STEP = 128  # of room for examples in a stream
+ALIGNED = 4  # int32 elements: 16 bytes
 _STAGES = 3  # host buffers in turn, so that the host can lay out ahead of the device
 
 
@@ -153,8 +153,11 @@ class GpuRunner:
         spare = self._slots + 1
         sizes = [length, length, length, room + 1, 2 * (self._slots + 1)]
         sizes += [3 * (length // TILE + spare), 3 * (length // WIDE + spare), 3 * (length // BLOCK + room)]
-        raw = torch.zeros(sum(sizes), dtype=torch.int32, device=self._base.device)
-        ids, positions, keys, lengths, bounds, tiles, wide, blocks = raw.split(sizes)
+        # Each begins at a multiple of 16 bytes: kernels are compiled anew for an address that is none.
+        rooms = [-(-size // ALIGNED) * ALIGNED for size in sizes]
+        raw = torch.zeros(sum(rooms), dtype=torch.int32, device=self._base.device)
+        parts = [part[:size] for part, size in zip(raw.split(rooms), sizes, strict=True)]
+        ids, positions, keys, lengths, bounds, tiles, wide, blocks = parts
         stream = Stream(
             rank=self._rank,
             tokens=0,
@@ -197,8 +200,16 @@ class GpuRunner:
         keys = np.zeros(length, dtype=np.int32)
         if laid.keys is not None:
             keys[:tokens] = laid.keys.astype(np.uint32).view(np.int32)
-        fields = [laid.ids, tail, laid.positions, within, keys, lengths, bounds.ravel()]
-        return np.concatenate([*fields, *(table.ravel() for table in tables)], dtype=np.int32)
+        fields = [
+            np.concatenate((laid.ids, tail)),
+            np.concatenate((laid.positions, within)),
+            keys,
+            lengths,
+            bounds.ravel(),
+        ]
+        fields += [table.ravel() for table in tables]
+        padded_fields = [np.pad(values, (0, -len(values) % ALIGNED)) for values in fields]
+        return np.concatenate(padded_fields, dtype=np.int32)
 
     def _targets(self, laid: Laid) -> Targets:
         scored = laid.scored
@@ -246,6 +257,10 @@ class GpuRunner:
             hidden, self._hidden = self._hidden, None
             assert hidden is not None
             hidden.backward(gradient)
+        self.pace()
+
+    def pace(self) -> None:
+        """Waits until the device has at most one stream to do."""
         self._flying.append(torch.cuda.Event())
         self._flying[-1].record()
         # One stream is laid out and launched while the device works on another, and no more: at the end of the paid
@@ -264,8 +279,19 @@ class GpuRunner:
         torch.cuda.empty_cache()
 
     def _body(self, stream: Stream, training: bool) -> torch.Tensor:
+        with self.engaged():
+            return self.body(stream, training)
+
+    @contextmanager
+    def engaged(self) -> Iterator[None]:
+        """The model as `body` runs it, also for the recomputation in a backward pass."""
+        with packed_attention(self._base.model), self._compiled():
+            yield
+
+    def body(self, stream: Stream, training: bool = True) -> torch.Tensor:
+        """Hidden states [T, d] of the stream, with their graph. Only while `engaged`."""
         embedded = self._base.model.get_input_embeddings()(stream.ids)
-        with packed_attention(self._base.model), self._compiled(), torch.set_grad_enabled(training):
+        with torch.set_grad_enabled(training):
             hidden: torch.Tensor = self._base.decoder(
                 inputs_embeds=embedded.requires_grad_(training),
                 position_ids=stream.positions,
@@ -306,9 +332,3 @@ class GpuRunner:
             hidden.backward(slope)
         frame.graphs[key] = forward, backward
         frame.hidden, frame.slope = hidden.detach(), slope
-
-
-def layers_of(decoder: nn.Module) -> list[nn.Module]:
-    """The decoder's layers: the longest list of modules in it."""
-    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []

@@ -67,8 +67,10 @@ def chunk_of(vocabulary: int, device: str) -> int:
 
 
 @functools.cache
-def _on_gpu() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    return torch.compile(_fused, dynamic=False)
+def chunk_loss(compiled: bool) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    """What computes one chunk: logits [n, V], targets [n], weights [n] and whether to differentiate, to the weighted
+    losses [n] and the gradient of their sum for the logits. Compiled for chunks that all have one shape."""
+    return torch.compile(_fused, dynamic=False) if compiled else _eager
 
 
 @torch.no_grad()
@@ -85,9 +87,9 @@ def score(
     if hidden.is_cuda:
         count = targets.predict.shape[0]
         spans: Iterator[slice] = (slice(at, min(at + rows, count)) for at in range(0, count, rows))
-        run = _on_gpu()
+        run = chunk_loss(compiled=True)
     else:
-        spans, run = _spans(targets.owners, rows), _eager
+        spans, run = _spans(targets.owners, rows), chunk_loss(compiled=False)
     for span in spans:
         logits = hidden[targets.predict[span]] @ head.T
         losses, slope = run(logits, targets.tokens[span], targets.weights[span], differentiate)

@@ -14,6 +14,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,8 +45,12 @@ class Launches:
     target: tuple[str, int]
 
 
-def begin(model: str, launches: list[Launches]) -> list[subprocess.Popen[bytes]]:
-    """Starts compiling in the background; what the processes say goes to stderr. They end with their parent."""
+@contextmanager
+def running(model: str, launches: list[Launches]) -> Iterator[None]:
+    """Compiles beside what the context does, and waits for it at the end. What the processes say goes to stderr.
+
+    One that failed costs time alone: what it left out is compiled when it is launched.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = max(1, min(_MOST, cores - 1))
     # A child of the worker would take the watchdog's pid for its own parent's, and end itself.
@@ -54,28 +60,35 @@ def begin(model: str, launches: list[Launches]) -> list[subprocess.Popen[bytes]]
         request = json.dumps({"launches": [asdict(wanted) for wanted in launches], "share": [share, count]})
         command = [sys.executable, "-m", "trainers.lora.precompile", model, request]
         started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, env=environment))
-    return started
+    try:
+        yield
+    except BaseException:
+        for process in started:
+            process.kill()
+        raise
+    finally:
+        for process in started:
+            process.wait()
 
 
-def expected(slots: int | None, tokens: int | None, max_rank: int, longest: int, dropout: bool) -> list[Launches]:
-    """What a worker on this machine's GPU launches; where a probe has yet to find slots and tokens, its streams too."""
+def expected(slots: int | None, max_rank: int, longest: int) -> list[Launches]:
+    """What a worker on this machine's GPU launches; where a probe has yet to find the slots, its streams too.
+
+    Trials with dropout launch some more, which are compiled when the first of them comes.
+    """
     from trainers.lora import probe
     from trainers.lora.gpu import SHORTEST, length_of
+    from trainers.training import MICRO_TOKENS
 
-    target = ("cuda", 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1])
-    found = []
-    if slots is None or tokens is None:
+    major, minor = torch.cuda.get_device_capability()
+    target = ("cuda", 10 * major + minor)
+    found, tokens = [], MICRO_TOKENS["cuda"]
+    if slots is None:
         doubling = [probe.SHORTEST << n for n in range((probe.LONGEST // probe.SHORTEST).bit_length())]
         found.append(Launches(1, RANK_STEP, doubling, longest, False, target))
         slots, tokens = probe.MOST_SLOTS, probe.LONGEST
     lengths = sorted({length_of(size, tokens) for size in range(SHORTEST, tokens + 1, TILE)}, reverse=True)
-    return [*found, Launches(slots, max_rank, lengths, longest, dropout, target)]
-
-
-def join(started: list[subprocess.Popen[bytes]]) -> None:
-    """Waits until they are through. One that failed costs time alone: what it left out is compiled when needed."""
-    for process in started:
-        process.wait()
+    return [*found, Launches(slots, max_rank, lengths, longest, False, target)]
 
 
 def compile_only(target: tuple[str, int]) -> list[str]:

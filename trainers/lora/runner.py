@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
 
@@ -84,15 +85,8 @@ class CpuRunner:
         found = []
         for part in slot_by_slot(stream):
             self._run_through(part)
-            embedded = self._base.model.get_input_embeddings()(part.ids)
-            with packed_attention(self._base.model):
-                hidden = self._base.decoder(
-                    inputs_embeds=embedded.requires_grad_(training),
-                    position_ids=part.positions,
-                    use_cache=False,
-                    cu_seq_lens_q=part.lengths,
-                    examples=part.examples,
-                ).last_hidden_state[0]
+            with self.engaged():
+                hidden = self.body(part, training)
             found.append(hidden.detach())
             if training:
                 self._forwards.append((part, hidden))
@@ -104,6 +98,25 @@ class CpuRunner:
         for (part, hidden), slope in zip(forwards, gradient.split([p.tokens for p, _ in forwards]), strict=True):
             self._run_through(part)
             hidden.backward(slope)
+
+    def engaged(self) -> AbstractContextManager[None]:
+        """The model as `body` runs it, also for the recomputation in a backward pass."""
+        return packed_attention(self._base.model)
+
+    def body(self, stream: Stream, training: bool = True) -> torch.Tensor:
+        """Hidden states [T, d] of one slot's stream, with their graph. Only while `engaged`."""
+        embedded = self._base.model.get_input_embeddings()(stream.ids)
+        hidden: torch.Tensor = self._base.decoder(
+            inputs_embeds=embedded.requires_grad_(training),
+            position_ids=stream.positions,
+            use_cache=False,
+            cu_seq_lens_q=stream.lengths,
+            examples=stream.examples,
+        ).last_hidden_state[0]
+        return hidden
+
+    def pace(self) -> None:
+        """Nothing: the CPU is never behind."""
 
     def ready(self) -> None:
         """Nothing: it is as fast as it gets."""

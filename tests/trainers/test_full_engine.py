@@ -1,0 +1,373 @@
+"""The full-parameter engine: against torch and transformers alone, without activations, in bf16, in 8 bits, judging."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import curve, full_trial, plain_curve, plain_loss, same_bits, save_model, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
+
+from trainers import models
+from trainers.engine import TrialFailed
+from trainers.full import distributed
+from trainers.full.engine import FullEngine
+from trainers.full.replica import deal
+from trainers.generation import greedy
+from trainers.messages import WorkerJob
+from trainers.models import LoadedEngines, ModelError, load_base, load_engines
+from trainers.splits import Split, load_split
+
+Load = Callable[[], LoadedEngines]
+
+
+@pytest.fixture
+def job(model_folder: Path, data_folder: Path) -> WorkerJob:
+    """A job of full-parameter training alone."""
+    return WorkerJob(
+        worker="w",
+        command=[],
+        model=str(model_folder),
+        data=str(data_folder),
+        rung_rows=5,
+        origin_boot_ms=0,
+        boot_id="",
+        fence=0,
+        paid_ms=0,
+        work_ms=0,
+        checkpoint_ms=0,
+        device="cpu",
+        methods=["full"],
+    )
+
+
+def make(job: WorkerJob, **changes: Any) -> Any:
+    """The full engine of a job."""
+    return load_engines(dataclasses.replace(job, **changes)).engines["full"]
+
+
+def in_bf16(job: WorkerJob, **changes: Any) -> FullEngine:
+    """The full engine over a bf16 model, which has fp32 masters, as on a GPU."""
+    job = dataclasses.replace(job, **changes)
+    base = load_base(job.model, "cpu")
+    base.model.to(torch.bfloat16)
+    train, validation = (load_split(Path(job.data), name) for name in ("train", "validation"))
+    return FullEngine(base, train, validation, job.rung_rows, job=job)
+
+
+def test_fifty_steps_equal_torch_and_transformers(job: WorkerJob) -> None:
+    """50 steps give the losses and the weights of a plain loop: AdamW, clip_grad_norm_, a LambdaLR, row by row."""
+    config = full_trial(examples=200, warmup=0.1, clip_norm=0.5)
+    engine = make(job)
+    engine.admit(config, None, None)
+    ours = curve(engine, 2)
+    plain = AutoModelForCausalLM.from_pretrained(job.model)
+    theirs = plain_curve(plain, config, engine.train, 50)
+    assert len(ours) == 50
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert sum(ours[-10:]) < sum(ours[:10])
+    for name, weight in plain.named_parameters():
+        distance = (weight - engine.base.model.get_parameter(name)).norm() / weight.norm()
+        assert distance < 1e-4, name
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_checkpointing_changes_no_loss(job: WorkerJob, bf16: bool, tmp_path: Path) -> None:
+    """Layers that are run again for their gradients give the same losses to the bit, and are plain again after.
+
+    That they are run again is counted; a checkpoint of one kind goes on in the other.
+    """
+    runs: dict[bool, list[float]] = {}
+    passes: dict[bool, int] = {}
+    for checkpointing in (False, True):
+        engine: Any = (in_bf16 if bf16 else make)(job, checkpointing=checkpointing)
+        seen: list[int] = []
+        layer = engine.base.model.model.layers[0].self_attn
+        hook = layer.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        engine.admit(full_trial(), None, None)
+        runs[checkpointing] = curve(engine, 2, 6)
+        passes[checkpointing] = len(seen)
+        hook.remove()
+        engine.checkpoint(2, tmp_path / str(checkpointing))
+        runs[checkpointing] += curve(engine, 2)
+        engine.drop(2)
+        assert not any(getattr(m, "gradient_checkpointing", False) for m in engine.base.model.modules())
+    assert runs[True] == runs[False]
+    assert passes[True] == 2 * passes[False]
+    engine = (in_bf16 if bf16 else make)(job, checkpointing=True)
+    engine.admit(full_trial(), tmp_path / "False", None)
+    assert curve(engine, 2) == runs[False][6:]
+
+
+def test_rows_are_scored_one_by_one(job: WorkerJob) -> None:
+    """Scores are the losses that transformers gives the rows alone, for trial and base; they sum to the evaluation."""
+    engine = make(job)
+    split: Split = engine.validation
+    rows = [4, 0, 7]
+    base = engine.score(None, split, rows)
+    engine.admit(full_trial(), None, None)
+    curve(engine, 2, 5)
+    for scores, trial in ((engine.score(2, split, rows), 2), (engine.score(None, split, rows), None)):
+        assert scores.dtype == np.float64 and scores.shape == (3,)
+        model = engine.base.model if trial else AutoModelForCausalLM.from_pretrained(job.model)
+        with torch.no_grad():
+            alone = [float(plain_loss(model, split, [row])) * int(split[row].mask.sum()) for row in rows]
+        assert scores == pytest.approx(alone, rel=1e-5)
+    assert engine.score(None, split, rows).tolist() == base.tolist()
+    assert sum(engine.score(2, split, range(split.rows))) == pytest.approx(engine.evaluate(2, None).nll, rel=1e-6)
+    longer = Split(np.tile(split[0].ids, 12), np.array([0, 12 * len(split[0].ids)]), np.tile(split[0].mask, 12))
+    assert np.isfinite(engine.score(2, longer, [0])).all()
+    assert engine.score(2, split, []).shape == (0,)
+
+
+def by_hand(model: Any, prompt: np.ndarray, end: int, most: int) -> list[int]:
+    """The most likely continuation, without a cache, a token at a time."""
+    ids = [int(token) for token in prompt]
+    for _ in range(most):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] == end:
+            return ids[len(prompt) : -1]
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("micro_tokens", [10_000, 30])
+def test_generation_equals_one_prompt_after_the_other(job: WorkerJob, micro_tokens: int) -> None:
+    """Prompts of many lengths in one batch, or in several, give what each gives alone without padding or cache.
+
+    For trial and base; some end at the end-of-sequence token, which is left out. What the folder's generation config
+    says of penalties is out of force, and is there again after.
+    """
+    engine = make(job)
+    engine.micro_tokens = micro_tokens
+    prompts = [example.ids[: 3 + 2 * i] for i, example in enumerate(engine.validation[row] for row in range(6))]
+    end = engine.base.tokenizer.eos_token_id
+    engine.base.model.generation_config.repetition_penalty = 5.0
+    plain = AutoModelForCausalLM.from_pretrained(job.model)
+    assert engine.generate(None, prompts, 6) == [by_hand(plain, prompt, end, 6) for prompt in prompts]
+    engine.admit(full_trial(examples=400, batch_size=8, learning_rate=1e-2), None, None)
+    curve(engine, 2)
+    found = engine.generate(2, prompts, 12)
+    assert found == [by_hand(engine.base.model, prompt, end, 12) for prompt in prompts]
+    assert any(len(tokens) < 12 for tokens in found), "none of them ended"
+    assert engine.base.model.generation_config.repetition_penalty == 5.0
+    assert engine.generate(2, [], 5) == []
+
+
+def test_generation_stops_at_the_end_token(job: WorkerJob) -> None:
+    """A model whose most likely token is always the end says nothing; what other rows of the batch say is untouched."""
+    base = load_base(job.model, "cpu")
+    tokenizer: Any = AutoTokenizer.from_pretrained(job.model)
+    prompts = [np.arange(5, 9, dtype=np.int32), np.arange(9, 20, dtype=np.int32)]
+    open_end = greedy(base.model, tokenizer, prompts, 4, 1000)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(open_end[0][0])
+    closed = greedy(base.model, tokenizer, prompts, 4, 1000)
+    assert closed[0] == []
+    stop = open_end[0][0]
+    assert closed[1] == (open_end[1][: open_end[1].index(stop)] if stop in open_end[1] else open_end[1])
+
+
+def test_bf16_trains_scores_and_saves_as_fp32_masters_round(job: WorkerJob, tmp_path: Path) -> None:
+    """Over bf16 weights the loss falls as in fp32 within bf16's noise; base weights can be judged meanwhile, to the bit
+    of before, and what is saved loads with transformers alone as the bf16 rounding of the masters."""
+    single, half = make(job), in_bf16(job)
+    curves = []
+    for engine in (single, half):
+        before = engine.evaluate(None, None)
+        engine.admit(full_trial(), None, None)
+        curves.append(curve(engine, 2))
+        own = engine.evaluate(2, None)
+        assert engine.evaluate(None, None) == before
+        assert engine.evaluate(2, None) == own != before
+    assert curves[1] == pytest.approx(curves[0], rel=0.03)
+    half.checkpoint(2, tmp_path / "model")
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert alone.dtype == torch.bfloat16
+    assert same_bits(weights(alone), weights(half.base.model))
+
+
+# --- 8 bits -----------------------------------------------------------------------------------------------------------
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """A stand-in with the interface of bitsandbytes.optim.AdamW8bit, which needs a GPU and is not installed here.
+
+    As there: `init_state(group, parameter, group index, index)` makes `state1` and `state2`, in 8 bits with a scale and
+    a map each for 4,096 elements and more, in fp32 for fewer; `step` is an int. Its numbers are its own: linear maps,
+    one scale a row.
+    """
+
+    def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 1e-2) -> None:
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay})
+
+    def init_state(self, group: Any, p: torch.Tensor, gindex: int, pindex: int) -> None:
+        """Empty state of one parameter."""
+        assert self.param_groups[gindex]["params"][pindex] is p and group is self.param_groups[gindex]
+        state = self.state[p]
+        state["step"] = 0
+        for i in (1, 2):
+            small = p.numel() < 4096
+            state[f"state{i}"] = torch.zeros_like(p, dtype=torch.float32 if small else torch.uint8)
+            if not small:
+                state[f"qmap{i}"] = torch.linspace(-1 if i == 1 else 0, 1, 256)
+                state[f"absmax{i}"] = torch.zeros(p.shape[0])
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One step of AdamW."""
+        for gindex, group in enumerate(self.param_groups):
+            for pindex, p in enumerate(group["params"]):
+                if len(self.state[p]) == 0:
+                    self.init_state(group, p, gindex, pindex)
+                state = self.state[p]
+                state["step"] += 1
+                moments = [self._read(state, i) for i in (1, 2)]
+                moments[0].lerp_(p.grad, 0.1)
+                moments[1].lerp_(p.grad.square(), 0.001)
+                m, v = moments[0] / (1 - 0.9 ** state["step"]), moments[1] / (1 - 0.999 ** state["step"])
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * m / (v.sqrt() + group["eps"]))
+                for i, moment in enumerate(moments, 1):
+                    self._write(state, i, moment)
+
+    @staticmethod
+    def _read(state: Any, i: int) -> torch.Tensor:
+        codes = state[f"state{i}"]
+        if codes.dtype == torch.float32:
+            return codes.clone()
+        return state[f"qmap{i}"][codes.long()] * state[f"absmax{i}"][:, None]
+
+    @staticmethod
+    def _write(state: Any, i: int, moment: torch.Tensor) -> None:
+        codes = state[f"state{i}"]
+        if codes.dtype == torch.float32:
+            codes.copy_(moment)
+            return
+        scale = moment.abs().amax(dim=1)
+        places = torch.bucketize(moment / scale.clamp(min=1e-20)[:, None], state[f"qmap{i}"][:-1].contiguous())
+        codes.copy_(places.to(torch.uint8))
+        state[f"absmax{i}"].copy_(scale)
+
+
+def test_eight_bit_states_are_resumed_to_the_bit(
+    job: WorkerJob, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With a stand-in for bitsandbytes: trained, paused and resumed in 8 bits, nothing is rounded anew.
+
+    A checkpoint of one optimizer is refused by the other.
+    """
+    package, part = ModuleType("bitsandbytes"), ModuleType("bitsandbytes.optim")
+    part.AdamW8bit = AdamW8bit  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", part)
+    engine = make(job, optimizer="adamw-8bit")
+    engine.admit(full_trial(), None, None)
+    whole = curve(engine, 2)
+    engine.drop(2)
+    engine.admit(full_trial(), None, None)
+    first = curve(engine, 2, 7)
+    codes = [s["state1"].dtype for s in engine._alone._optimizer.state.values()]
+    assert torch.uint8 in codes and torch.float32 in codes
+    engine.checkpoint(2, tmp_path / "step-7")
+    engine = make(job, optimizer="adamw-8bit")
+    engine.admit(full_trial(), tmp_path / "step-7", None)
+    assert first + curve(engine, 2) == whole
+    plain = make(job)
+    with pytest.raises(TrialFailed, match="another optimizer") as caught:
+        plain.admit(full_trial(), tmp_path / "step-7", None)
+    assert caught.value.code == "error"
+    assert same_bits(weights(plain.base.model), weights(load_base(job.model, "cpu").model))
+    plain.admit(full_trial(), None, None)
+
+
+def test_eight_bits_in_two_processes_are_refused(job: WorkerJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8-bit states can't be taken apart and put together to the bit: refused as the worker loads, nobody is started."""
+    part = ModuleType("bitsandbytes.optim")
+    part.AdamW8bit = AdamW8bit  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", part)
+    monkeypatch.setattr(distributed, "COMMAND", ["false"])
+    with pytest.raises(ModelError, match="adamw-8bit: trains in one process; use adamw, or processes: 1"):
+        make(job, optimizer="adamw-8bit", processes=2)
+
+
+def test_a_process_that_cannot_start_is_an_error(job: WorkerJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another process ends before it is ready, loading fails with its exit code instead of waiting for it."""
+    monkeypatch.setattr(distributed, "COMMAND", ["false"])
+    with pytest.raises(ModelError, match="process 1 of 2 ended: exit code 1"):
+        make(job, processes=2)
+
+
+def test_eight_bits_without_a_library_are_refused(job: WorkerJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where neither library is installed, loading says so in one line, and what to do; where one is broken, why."""
+    for name in ("bitsandbytes", "torchao"):
+        for module in [m for m in sys.modules if m.split(".")[0] == name]:
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModelError, match=r"needs bitsandbytes or torchao.*use optimizer: adamw") as caught:
+        make(job, optimizer="adamw-8bit")
+    assert "\n" not in str(caught.value)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", ModuleType("bitsandbytes.optim"))
+    with pytest.raises(ModelError, match="AdamW8bit"):
+        make(job, optimizer="adamw-8bit")
+
+
+# --- which engines, which models --------------------------------------------------------------------------------------
+
+
+def test_only_the_jobs_methods_get_an_engine(job: WorkerJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that is not searched costs no memory and no check: its engine is not built."""
+    assert set(load_engines(job).engines) == {"full"}
+    monkeypatch.setattr(FullEngine, "__init__", lambda *_, **__: 1 / 0)
+    assert set(load_engines(dataclasses.replace(job, methods=["lora"])).engines) == {"lora"}
+
+
+def test_models_of_another_attention_train_through_their_own(
+    job: WorkerJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model with soft-capped attention scores, which streams do not know, trains through transformers' attention."""
+    config = Gemma2Config(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=None,
+        attn_logit_softcapping=2.0,
+        initializer_range=0.2,
+        attn_implementation="eager",
+    )
+    folder = save_model(tmp_path / "gemma", config)
+    real = models.AutoModelForCausalLM.from_pretrained
+    # Soft caps are what transformers' eager attention knows and its sdpa does not.
+    monkeypatch.setattr(
+        models.AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *a, **k: real(*a, **k, attn_implementation="eager"),
+    )
+    engine = make(job, model=str(folder))
+    assert not engine._alone.padding_free
+    engine.admit(full_trial(learning_rate=1e-3), None, None)
+    ours = curve(engine, 2, 5)
+    plain = real(folder, attn_implementation="eager")
+    assert ours == pytest.approx(plain_curve(plain, full_trial(learning_rate=1e-3), engine.train, 5), rel=1e-4)
+    assert make(job)._alone.padding_free
+
+
+def test_rows_are_dealt_out_evenly() -> None:
+    """Every place goes to one hand, in order, and no hand has more than a longest row above another."""
+    lengths = np.array([300, 20, 20, 280, 150, 90, 500])
+    for hands in (1, 2, 3, 8):
+        dealt = deal(lengths, hands)
+        assert sorted(place for hand in dealt for place in hand) == list(range(7))
+        assert all(hand == sorted(hand) for hand in dealt)
+        tokens = [int(lengths[hand].sum()) for hand in dealt]
+        assert max(tokens) - min(tokens) <= 500
