@@ -156,6 +156,8 @@ def random_model(config: PretrainedConfig, device: torch.device) -> Any:
             parameter.normal_(0.0, 0.02)
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    # Untied weights would be saved as two, and be loaded untied.
+    model.tie_weights()
     return model
 
 
