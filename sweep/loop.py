@@ -127,8 +127,7 @@ class Sweep:
             self._project()
             self._tell_ended()
             self._seat(filled=False)
-            self._fill()
-            self._seat(filled=True)
+            self._seat(filled=self._fill())
             self._tell_ended()
         return changed
 
@@ -306,14 +305,14 @@ class Sweep:
 
     # Fill
 
-    def _fill(self) -> None:
-        """Fills the live set: thaw a promoted trial, else ask Optuna for a new one."""
+    def _fill(self) -> bool:
+        """Fills the live set: thaw a promoted trial, else ask Optuna. False: there was no time for all of it."""
         if self._stopping or self.interrupted:
-            return
+            return True
         while True:
             trials, results = self._trials()
             if sum(t.state in records.RUNNING for t in trials) >= self._now().live:
-                break
+                return True
             if not (
                 self._wake(trials, results)
                 or self._ask(trials, results)
@@ -321,12 +320,12 @@ class Sweep:
                 or (not self._now().anybody_runs and self._begin_endgame())
                 or self._confirm()
             ):
-                break
+                return True
             if (worker := self._worker()) is not None:
                 self._seat(filled=False)
                 if self.workers.pressed(worker, self._lengths, self._gap_ms):
                     self._again = True
-                    break
+                    return False
 
     def _begin_endgame(self) -> bool:
         """When the search has no more to spend, the reserve goes to the best that is left; False if it began before."""
