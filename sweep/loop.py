@@ -66,6 +66,7 @@ class Sweep:
         with store.read() as connection:
             self.study = records.study(connection, name)
             self.projector = projector_of(self.study, connection)
+        self._policy = rungs.policy(self.study.spec.search, self.projector.plan.shares)
         self.workers = Workers(store, self.study, launcher, self.projector)
         self.instructor = Instructor(launcher, self.projector.plan)
         self.asked_to = stopping
@@ -494,5 +495,5 @@ class Sweep:
         self._living = [worker for worker in workers if worker.state != "ended"]
         self._slots, self._live = seats.slots(self.study, workers), seats.live(self.study, workers)
         self.projector.width = seats.width(self._slots, trials)
-        self._read = trials, Results((row.trial, row.rung, row.loss) for row in rows)
+        self._read = trials, Results(((row.trial, row.rung, row.loss) for row in rows), self._policy)
         self._read_at = self.store.writes
