@@ -56,6 +56,7 @@ class Guide:
         self.search = search
         self._examples = examples
         self._seed = seed
+        self._densities: dict[tuple[Any, ...], float] = {}  # of what was seen; computed once, as trials are many
         digest = hashlib.sha256(f"{seed}:sources".encode()).digest()
         self._offset = int.from_bytes(digest[:4], "big") / 2**32
 
@@ -103,6 +104,12 @@ class Guide:
 
     def density(self, chosen: Mapping[str, Any]) -> float:
         """How many times likelier the priors make a configuration than uniform chance does."""
+        key = tuple(chosen.values())
+        if key not in self._densities:
+            self._densities[key] = self._density(chosen)
+        return self._densities[key]
+
+    def _density(self, chosen: Mapping[str, Any]) -> float:
         ratio = 1.0
         for name, values in space.branch(chosen["method"], self.search).items():
             if isinstance(values, RangeSpec):

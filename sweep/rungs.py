@@ -98,17 +98,18 @@ def ladder(runs: float, steps: int, eta: int | None = None) -> Ladder:
         return Ladder((), eta or 2, max(int(runs), 1))  # so short a run has no early part to judge by
     firsts = [first for first in (GENTLEST, GENTLEST / 2, LOWEST) if first >= lowest] or [lowest]
     options = [_laddered(first, kept, runs) for kept in ((eta,) if eta else (2, 3)) for first in firsts]
-    # One of them at least must come to its end.
-    ended = [option for option in options if option.trials >= option.eta ** len(option.shares)] or options[:1]
-    return next((option for option in ended if option.trials >= WIDE), max(ended, key=lambda option: option.trials))
+    return next((option for option in options if option.trials >= WIDE), max(options, key=lambda option: option.trials))
 
 
 def _laddered(first: float, eta: int, runs: float) -> Ladder:
     shares = [first]
     while shares[-1] * eta <= LONGEST:
         shares.append(round(shares[-1] * eta, 6))
-    cost = sum((end - start) * float(eta) ** -rung for rung, (start, end) in enumerate(_stretches(shares)))
-    return Ladder(tuple(shares), eta, max(int(runs / cost), 1))
+    *climb, last = [(end - start) * float(eta) ** -rung for rung, (start, end) in enumerate(_stretches(shares))]
+    trials = runs / (sum(climb) + last)
+    if trials < eta ** len(shares):  # one of them comes to its end all the same
+        trials = (runs - (1 - shares[-1])) / sum(climb)
+    return Ladder(tuple(shares), eta, max(int(trials), 1))
 
 
 def _stretches(shares: Sequence[float]) -> list[tuple[float, float]]:

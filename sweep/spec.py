@@ -207,7 +207,7 @@ class SearchSpec(_Section):
                 allowed = info.data.get(key)  # absent if it was refused itself
                 if key == "learning_rate" and wanted.method == "full":
                     allowed = full_rates(allowed) if allowed is not None else None
-                if isinstance(allowed, RangeSpec) and not allowed.low <= value <= allowed.high:
+                if isinstance(allowed, RangeSpec) and not _between(value, allowed):
                     where = f"search.{key}, {allowed.low:g} to {allowed.high:g}"
                     raise ValueError(f"number {number + 1}: {key} {value:g} is outside {where} for {wanted.method}")
                 if isinstance(allowed, tuple) and not any(_same(value, choice) for choice in allowed):
@@ -231,6 +231,10 @@ def full_rates(rates: RangeSpec | tuple[float, ...]) -> RangeSpec | tuple[float,
 
 def _same(value: Any, choice: Any) -> bool:
     return value == choice or (isinstance(value, float) and math.isclose(value, choice, rel_tol=1e-9))
+
+
+def _between(value: float, allowed: RangeSpec) -> bool:
+    return allowed.low <= value <= allowed.high or _same(value, allowed.low) or _same(value, allowed.high)
 
 
 class ObjectiveSpec(_Section):
