@@ -108,6 +108,22 @@ LLAMA_8B = Shape(
     ),
     batch_size=4,
 )
+QWEN_14B = Shape(
+    "14b",
+    Qwen2Config(
+        vocab_size=152064,
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=48,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-6,
+        rope_parameters=_rope(1e6),
+        tie_word_embeddings=False,
+    ),
+    batch_size=4,
+)
 # It costs nothing, but has every part of the others.
 TINY = Shape(
     "tiny",
@@ -122,7 +138,7 @@ TINY = Shape(
         tie_word_embeddings=True,
     ),
 )
-SHAPES = {shape.name: shape for shape in (SMOLLM2, QWEN_1B5, LLAMA_8B, TINY)}
+SHAPES = {shape.name: shape for shape in (SMOLLM2, QWEN_1B5, LLAMA_8B, QWEN_14B, TINY)}
 
 
 @torch.no_grad()
@@ -140,6 +156,8 @@ def random_model(config: PretrainedConfig, device: torch.device) -> Any:
             parameter.normal_(0.0, 0.02)
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    # Untied weights would be saved as two, and be loaded untied.
+    model.tie_weights()
     return model
 
 

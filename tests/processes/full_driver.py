@@ -70,6 +70,9 @@ def call(engine: FullEngine, name: str, *given: Any) -> Any:
             return engine.admit(TrialConfig(**config), checkpoint and Path(checkpoint), None).step
         case "train":
             return train(engine, *given)
+        case "micro":
+            engine.micro_tokens = given[0]
+            return None
         case "evaluate":
             return [engine.evaluate(trial, None).nll for trial in given]
         case "score":
@@ -101,8 +104,8 @@ def run(script: dict[str, Any]) -> list[Any]:
             results.append(call(engine, name, *given))
         except TrialFailed as error:
             results.append({"code": error.code, "message": str(error)})
-    if isinstance(engine._trained, distributed.Ensemble) and engine._trained._group is not None:
-        engine._trained._group.end()
+    if isinstance(engine._trained, distributed.Ensemble):
+        engine._trained.end()
     distributed.COMMAND = usual
     return results
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from process_bench import Bench, gone, wait_until
+from safetensors.numpy import load_file, save_file
 
 from trainers.processes import descendants
 
@@ -45,19 +47,22 @@ def same(left: Any, right: Any, rel: float = 1e-5) -> bool:
 def test_several_processes_train_as_one(prepared: Path, tmp_path: Path) -> None:
     """Losses of a whole run, and what trial and base are judged at, are one process's; also with recomputed layers.
 
-    A step with fewer rows than processes is among them. After the trial left the base is what it was.
+    And where a batch goes through the model in several parts, of which processes have different numbers. A step with
+    fewer rows than processes is among them. After the trial left the base is what it was.
     """
     train: list[list[Any]] = [["admit", CONFIG, None], ["train", 2, WHOLE]]
     calls = [*train, ["evaluate", 2, None], ["score", 2, None], ["generate", 2, None], ["drop", 2], ["evaluate", None]]
     sparing = {"job": {"checkpointing": True}}
-    one, two, three, spared = drive(
-        prepared, tmp_path, (1, calls, {}), (2, calls, {}), (3, train, {}), (2, train, sparing)
+    parts = [["micro", 30], *calls]
+    one, two, three, spared, cut = drive(
+        prepared, tmp_path, (1, calls, {}), (2, calls, {}), (3, train, {}), (2, train, sparing), (2, parts, {})
     )
     assert same(two, one)
     assert two[4] == one[4], "the generated tokens"
     assert two[6] == one[6] == [one[2][1]], "the base model"
     assert same(three, one[:2])
     assert spared == two[:2]
+    assert same(cut[1:4], one[:3]) and cut[5] == one[4]
 
 
 def test_pauses_move_between_one_and_two_processes(prepared: Path, tmp_path: Path) -> None:
@@ -101,6 +106,24 @@ def test_bf16_weights_have_fp32_masters_in_parts(prepared: Path, tmp_path: Path)
     sizes = {name: (Path(folder) / f"{name}.safetensors").stat().st_size for name in ("masters", "model")}
     assert sizes["masters"] > 1.9 * sizes["model"]
     assert same(resumed[1], two[2], rel=0.005)
+
+
+def test_weights_that_a_folder_leaves_untied_stay_apart(prepared: Path, tmp_path: Path) -> None:
+    """A folder with a head of its own, though its configuration ties it: two processes train both, as one does."""
+    shutil.copytree(prepared / "tiny", tmp_path / "untied")
+    file = tmp_path / "untied" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][::-1].copy()
+    save_file(tensors, file, metadata={"format": "pt"})
+    folder, untied = str(tmp_path / "trial" / "step-4"), {"job": {"model": str(tmp_path / "untied")}}
+    one, two, resumed = drive(
+        prepared,
+        tmp_path,
+        (1, [["admit", CONFIG, None], ["train", 2, 8]], untied),
+        (2, [["admit", CONFIG, None], ["train", 2, 4], ["checkpoint", 2, folder]], untied),
+        (1, [["admit", CONFIG, folder], ["train", 2, 4]], untied),
+    )
+    assert same([*two[1], *resumed[1]], one[1])
 
 
 def test_lack_of_memory_in_another_process_fails_the_trial_alone(prepared: Path, tmp_path: Path) -> None:

@@ -201,7 +201,9 @@ class Ensemble:
         self.ranks = job.processes
         self._base = base
         self._pristine = pristine
+        parameters = [name for name, _ in base.model.named_parameters()]
         self._settings = {
+            "parameters": parameters,
             "model": base.name,
             "data": job.data,
             "threads": job.threads,
@@ -212,7 +214,10 @@ class Ensemble:
         }
         config = load_config(resolve(base.name))
         device = _device_of(base.device, 0)
-        sharded = Sharded(base.name, config, base.tokenizer, base.model.dtype, device, (base, pristine))
+        kind = base.model.dtype
+        sharded = Sharded(
+            base.name, config, base.tokenizer, kind, device, options.compiled, parameters, (base, pristine)
+        )
         self._replica = Replica(sharded, alone.train, alone.longest, options)
         self._replica.padding_free = alone.padding_free
         self._replica.rank, self._replica.ranks = 0, job.processes
@@ -313,6 +318,12 @@ class Ensemble:
                 group.end()
         self._replica.close()
 
+    def end(self) -> None:
+        """Ends the other processes; a trial that comes later starts new ones."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.end()
+
 
 # --- the other processes ----------------------------------------------------------------------------------------------
 
@@ -325,8 +336,10 @@ def _prepare(settings: dict[str, Any]) -> Replica:
     torch.set_num_threads(settings["threads"] or max(1, cores // ranks))
     folder = resolve(settings["model"])
     dtype = getattr(torch, settings["dtype"])
-    sharded = Sharded(settings["model"], load_config(folder), load_tokenizer(folder), dtype, device, None)
     options = Options(**settings["options"])
+    tokenizer = load_tokenizer(folder)
+    config, names = load_config(folder), settings["parameters"]
+    sharded = Sharded(settings["model"], config, tokenizer, dtype, device, options.compiled, names, None)
     replica = Replica(sharded, load_split(Path(settings["data"]), "train"), settings["longest"], options)
     replica.padding_free = settings["padding_free"]
     replica.rank, replica.ranks = settings["rank"], ranks

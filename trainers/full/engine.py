@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -59,8 +60,11 @@ class FullEngine:
         rung_rows: int,
         micro_tokens: int | None = None,
         job: WorkerJob | None = None,
+        compiled: bool = True,
     ) -> None:
         """`micro_tokens` go through the model at once in each process; `job` says how trials are trained.
+
+        `compiled` layers are a GPU's alone.
 
         Raises ModelError: no such optimizer, a loss that is not the model's own, other processes that can't be started.
         """
@@ -68,9 +72,9 @@ class FullEngine:
         self.train = train
         self.validation = validation
         self.rung_rows = rung_rows
-        options = Options(micro_tokens or MICRO_TOKENS[base.device.type])
+        options = Options(micro_tokens or MICRO_TOKENS[base.device.type], compiled=compiled)
         if job is not None:
-            options = Options(options.micro_tokens, job.optimizer, job.checkpointing)
+            options = replace(options, optimizer=job.optimizer, checkpointing=job.checkpointing)
         optimizers.find(options.optimizer)
         longest = int(max(train.lengths.max(), validation.lengths.max()))
         self._own = weights.Resident(base)

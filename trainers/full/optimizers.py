@@ -75,7 +75,7 @@ def tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parame
 
 def _flat(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """One parameter's state as plain tensors, without the step count."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for key, value in state.items():
         if key == "step" or not isinstance(value, torch.Tensor):
             continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from trainers.messages import Optimizer, TrialConfig
 from trainers.models import Base, ModelError
 from trainers.splits import Split, cut
 
+if TYPE_CHECKING:
+    from trainers.lora.gpu import GpuRunner
+
 
 @dataclass(frozen=True)
 class Options:
@@ -36,6 +39,7 @@ class Options:
     micro_tokens: int
     optimizer: Optimizer = "adamw"
     checkpointing: bool = False
+    compiled: bool = True  # layers, on a GPU
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Replica:
         self.train = train
         self.longest = longest
         self._options = options
-        self._runner: CpuRunner | None = None
+        self._runner: CpuRunner | GpuRunner | None = None
         self._checked = False
         self._optimizer: torch.optim.Optimizer | None = None
 
@@ -174,7 +178,8 @@ class Replica:
     def _loss(self, rows: list[int], weight: float) -> torch.Tensor:
         """The rows' loss, each completion token's times `weight`, with its graph."""
         hidden, targets = self._hidden(self.train, rows, weight, training=True)
-        return chunked_nll(hidden[targets.predict], self.base.head.weight, targets.tokens, targets.weights)
+        scored = hidden.index_select(0, targets.predict)
+        return chunked_nll(scored, self.base.head.weight, targets.tokens, targets.weights)
 
     def _hidden(self, split: Split, rows: list[int], weight: float, training: bool) -> tuple[torch.Tensor, Targets]:
         """Hidden states of rows end to end, and where their completion tokens are predicted."""
@@ -229,7 +234,7 @@ class Replica:
         examples = [self.train[row] for row in rows]
         try:
             compare_with_own(self.base, examples, float(self.losses(self.train, rows).sum()))
-        except (TypeError, ValueError, ModelError):
+        except (ImportError, TypeError, ValueError, ModelError):
             self.padding_free, self._runner = False, None
             with torch.no_grad():
                 nll = completion_nll(self.base.decoder, self.base.head, flat_batch(examples, self.base.device))
@@ -242,14 +247,14 @@ class Replica:
             self.longest = max(longest, self.longest)
             self._runner = self._make_runner()
 
-    def _make_runner(self) -> CpuRunner:
+    def _make_runner(self) -> CpuRunner | GpuRunner:
         """Streams of no adapters: those of the packed engine, with nothing packed."""
         if self.base.device.type == "cuda":
             from trainers.lora.gpu import GpuRunner
 
             runner = GpuRunner(self.base, [], 0, self.longest, self.micro_tokens)
             # Before, a model's errors would be hard to read. No graphs: gradients of leaves are no fixed buffers.
-            runner.compile = self._checked and not self.weights.compiled
+            runner.compile = self._options.compiled and self._checked and not self.weights.compiled
             return runner
         return CpuRunner(self.base, [], 0)
 

@@ -8,7 +8,7 @@ is sharded for the trial's time, and the optimizer steps each process's part as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import MethodType
 from typing import Any
@@ -40,14 +40,20 @@ class Sharded:
         tokenizer: PreTrainedTokenizerBase,
         dtype: torch.dtype,
         device: torch.device,
+        compiled: bool,
+        parameters: Sequence[str],
         first: tuple[Base, Pristine] | None,
     ) -> None:
         """`first`: the base model and its weights, in the first process alone. `dtype` is what the model computes in.
 
-        The process group is made later, before the first `open`.
+        `parameters` are the base's, by name, which says what is tied: a folder may hold two weights that its
+        configuration would tie, and transformers then leaves them apart. The process group is made later, before the
+        first `open`.
         """
         self._name, self._config, self._tokenizer = name, config, tokenizer
         self._dtype, self._device = dtype, device
+        self._compiling = compiled and device.type == "cuda"
+        self._parameters = parameters
         self._first = first
         self._shards: dict[str, DTensor] = {}
         self.masters: dict[str, nn.Parameter] = {}
@@ -56,6 +62,11 @@ class Sharded:
     def _empty(self) -> Base:
         model = skeleton(self._config, self._dtype)
         model.config.use_cache = False
+        tied = dict(model.named_parameters(remove_duplicate=False))
+        for name in self._parameters:
+            if name not in dict(model.named_parameters()):
+                owner, _, key = name.rpartition(".")
+                model.get_submodule(owner)._parameters[key] = nn.Parameter(tied[name].detach().clone())
         return Base(self._name, model, self._tokenizer, model.get_decoder(), head_of(model), self._device)
 
     def open(self, saved: Mapping[str, torch.Tensor] | None) -> None:
@@ -90,9 +101,9 @@ class Sharded:
         # Layer by layer, so that no more than one is ever whole.
         for layer in layers_of(self.base.decoder):
             fill(layer)
-            if self._device.type == "cuda":
+            if self._compiling:
                 # The layer's own code alone: FSDP's hooks around it stay as they are.
-                layer.forward = torch.compile(layer.forward, dynamic=True)  # type: ignore[method-assign]
+                layer.forward = torch.compile(layer.forward, dynamic=True)
             fully_shard(layer, mesh=mesh, mp_policy=policy)
             made = {key: parameter for key, parameter in made.items() if not isinstance(parameter, DTensor)}
         fill(model)
