@@ -18,7 +18,7 @@ from budgets.money import usd
 from sweep import clock, fit, pricing, priors, records, tables
 from sweep.audit import MARK
 from sweep.errors import DiskError, SweepError, UnusableError, UsageError
-from sweep.plan import lengths
+from sweep.plan import evaluated, lengths
 from sweep.pricing import Quote
 from sweep.records import Study
 from sweep.spec import Spec
@@ -43,17 +43,10 @@ def look(spec: Spec, folder: Path) -> dict[str, Any]:
     if spec.search.priors not in {"default", "none"}:
         priors.load(Path(spec.search.priors))  # before the data are prepared, which may take long
     found = _replayed(spec) if spec.model.startswith("replay:") else _checked(spec, folder)
-    plan = lengths(spec.search, _evaluated(found["data"]))
+    plan = lengths(spec.search, evaluated(found["data"]))
     chosen = priors.select(spec.search, found, plan.examples)
     found |= {"plan": dataclasses.asdict(plan), "notes": list(chosen.notes) if chosen else []}
     return found | {"priors": chosen.model_dump(mode="json") if chosen else None}
-
-
-def _evaluated(data: dict[str, Any]) -> dict[str, Any]:
-    """The splits as evaluations run them: where choices are scored, every one of them goes after every prompt."""
-    splits: dict[str, Any] = data["splits"]
-    scored = data.get("objective", {}).get("validation_tokens")
-    return splits | {"validation": splits["validation"] | {"tokens": scored}} if scored else splits
 
 
 def _checked(spec: Spec, folder: Path) -> dict[str, Any]:

@@ -41,6 +41,13 @@ def lengths(search: SearchSpec, splits: dict[str, Any], shares: Sequence[float] 
     )
 
 
+def evaluated(data: dict[str, Any]) -> dict[str, Any]:
+    """The splits as evaluations run them: where choices are scored, every one of them goes after every prompt."""
+    splits: dict[str, Any] = data["splits"]
+    scored = data.get("objective", {}).get("validation_tokens")
+    return splits | {"validation": splits["validation"] | {"tokens": scored}} if scored else splits
+
+
 def settle(spec: Spec, facts: dict[str, Any], quote: Quote) -> tuple[Spec, dict[str, Any]]:
     """Derives the rungs that the spec leaves to a policy, by the cap and the forecast speed, once for all.
 
@@ -65,7 +72,7 @@ def settle(spec: Spec, facts: dict[str, Any], quote: Quote) -> tuple[Spec, dict[
         made = rungs.policy(search, ())
         assert made is not None  # it is a class of the user's
         shares = made.shares
-    plan = asdict(lengths(search, facts["data"]["splits"], shares))
+    plan = asdict(lengths(search, evaluated(facts["data"]), shares))
     return spec.model_copy(update={"search": search}), facts | {"plan": plan, "notes": notes}
 
 
