@@ -111,7 +111,8 @@ def make_spec(table: Table, folder: Path, seed: int, cap_micros: int, slots: int
         "data": {"train": "recorded"},
         "machine": {"price": "$3.60/hour", "slots": slots, "timings": str(folder / "timings.json")},
         "budget": {"cap": f"${cap_micros / 1e6:.6f}"},
-        "search": {"learning_rate": {"low": low, "high": high}, "trials": len(table.rows), **choices} | search,
+        "search": {"learning_rate": {"low": low, "high": high}, "trials": len(table.rows), "priors": "none", **choices}
+        | search,
         "endgame": {"seeds": 0},
         "seed": seed,
     }

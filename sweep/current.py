@@ -11,7 +11,7 @@ from sweep import endgame, records, seats
 from sweep.endgame import Race
 from sweep.projection import Projector
 from sweep.records import Study, TrialRow, WorkerRow
-from sweep.rungs import Results
+from sweep.rungs import Policy, Results
 from sweep.store import Store
 
 
@@ -43,8 +43,8 @@ class Current:
         return any(trial.state in records.RUNNING for trial in self.everyone)
 
 
-def read(store: Store, study: Study) -> Current:
-    """Reads the rows of a study that we drive."""
+def read(store: Store, study: Study, policy: Policy | None) -> Current:
+    """Reads the rows of a study that we drive; `policy` decides at its rungs."""
     writes = store.writes
     with store.read() as connection:
         workers = records.workers(connection, study.name)
@@ -54,7 +54,7 @@ def read(store: Store, study: Study) -> Current:
     return Current(
         writes=writes,
         trials=records.searched(trials),
-        results=Results.of_search(rows),
+        results=Results.of_search(rows, policy),
         confirmations=records.confirmations(trials),
         examined=examined,
         worker=next((worker for worker in workers if worker.state != "ended"), None),

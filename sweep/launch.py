@@ -15,14 +15,15 @@ from sqlalchemy.exc import IntegrityError
 
 from budgets.ledger import Ledger
 from budgets.money import usd
-from sweep import clock, fit, pricing, records, tables
+from sweep import clock, fit, pricing, priors, records, tables
 from sweep.audit import MARK
 from sweep.errors import DiskError, SweepError, UnusableError, UsageError
-from sweep.plan import lengths
+from sweep.plan import evaluated, lengths
 from sweep.pricing import Quote
 from sweep.records import Study
 from sweep.spec import Spec
 from sweep.store import Store
+from sweep.study import check_sampler
 
 RUNS = Path("runs")
 CHECK_SECONDS = 3600  # tokenising a large data set may take long; a hang must still end
@@ -36,18 +37,16 @@ def study_folder(name: str) -> Path:
 def look(spec: Spec, folder: Path) -> dict[str, Any]:
     """Looks at model and data in a process of its own and prepares the data; returns the study's facts.
 
-    Raises UnusableError, DiskError. A replayed model (`replay:FILE`) brings its facts with it.
+    Raises UnusableError, DiskError, SpecError. A replayed model (`replay:FILE`) brings its facts with it.
     """
+    check_sampler(spec.search)
+    if spec.search.priors not in {"default", "none"}:
+        priors.load(Path(spec.search.priors))  # before the data are prepared, which may take long
     found = _replayed(spec) if spec.model.startswith("replay:") else _checked(spec, folder)
-    found["plan"] = dataclasses.asdict(lengths(spec.search, _evaluated(found["data"])))
-    return found
-
-
-def _evaluated(data: dict[str, Any]) -> dict[str, Any]:
-    """The splits as evaluations run them: where choices are scored, every one of them goes after every prompt."""
-    splits: dict[str, Any] = data["splits"]
-    scored = data.get("objective", {}).get("validation_tokens")
-    return splits | {"validation": splits["validation"] | {"tokens": scored}} if scored else splits
+    plan = lengths(spec.search, evaluated(found["data"]))
+    chosen = priors.select(spec.search, found, plan.examples)
+    found |= {"plan": dataclasses.asdict(plan), "notes": list(chosen.notes) if chosen else []}
+    return found | {"priors": chosen.model_dump(mode="json") if chosen else None}
 
 
 def _checked(spec: Spec, folder: Path) -> dict[str, Any]:
@@ -119,7 +118,13 @@ def _replayed(spec: Spec) -> dict[str, Any]:
     splits["test"] = {"rows": test_rows, "tokens": recorded.get("test_tokens") or round(test_rows * row_tokens)}
     if kept_rows:
         splits["retention"] = {"rows": kept_rows, "tokens": round(kept_rows * row_tokens)}
-    facts = {"parameters": recorded["parameters"], "device": "replay", "cores": os.cpu_count() or 1, "seconds": 0.0}
+    known = {key: recorded[key] for key in ("hidden_size", "model_type") if key in recorded}
+    facts = known | {
+        "parameters": recorded["parameters"],
+        "device": "replay",
+        "cores": os.cpu_count() or 1,
+        "seconds": 0.0,
+    }
     return facts | {"data": {"splits": splits}}
 
 
@@ -175,6 +180,8 @@ def create(store: Store, spec: Spec, facts: dict[str, Any], quote: Quote, folder
             pricing.store_price(connection, spec.study, quote.tariff, quote.note, boot)
             text = f"cap {usd(spec.budget.cap)} at {usd(quote.tariff.now)}/{quote.unit}"
             records.note(connection, spec.study, "created", text)
+            for words in facts.get("notes", []):
+                records.note(connection, spec.study, "plan", words)
             return records.study(connection, spec.study)
     except IntegrityError as error:
         raise exists(spec.study) from error

@@ -65,6 +65,7 @@ class Sweep:
         with store.read() as connection:
             self.study = records.study(connection, name)
             self.projector = projector_of(self.study, connection)
+        self._policy = rungs.policy(self.study.spec.search, self.projector.plan.shares)
         self.workers = Workers(store, self.study, launcher, self.projector)
         self.instructor = Instructor(launcher, self.projector.plan)
         self.asked_to = stopping
@@ -231,10 +232,9 @@ class Sweep:
     # Judge
 
     def _judge(self) -> None:
-        trials, results = self._trials()
         for trial in self._everyone():
             if trial.state == "judging":
-                self._decide(trial, trials, results)
+                self._decide(trial, *self._trials())
 
     def _decide(self, trial: TrialRow, trials: list[TrialRow], results: Results) -> None:
         search = self.study.spec.search
@@ -451,8 +451,8 @@ class Sweep:
             return
         self._stop_if_done(worker, self._everyone(), filled)
         if worker.state == "ready" and not self._stopping:
-            paid, examined = self._slice(worker), self._now().examined
-            self.instructor.instruct(self.study, worker, self._everyone(), paid, examined=examined)
+            now, paid = self._now(), self._slice(worker)
+            self.instructor.instruct(self.study, worker, now.everyone, paid, examined=now.examined)
 
     # Stop
 
@@ -484,7 +484,7 @@ class Sweep:
 
     def _now(self) -> Current:
         if self._current is None or self._current.writes != self.store.writes:
-            self._current = current.read(self.store, self.study)
+            self._current = current.read(self.store, self.study, self._policy)
             self.projector.width = seats.width(self._current.slots, self._current.everyone)
         return self._current
 

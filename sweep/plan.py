@@ -3,37 +3,77 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from budgets.forecast import Seconds
 from budgets.money import affordable_ms, cost_micros
-from sweep import space
+from sweep import rungs, space
 from sweep.pricing import Quote
 from sweep.projection import Plan, Projector
 from sweep.spec import Method, SearchSpec, Spec
+
+USUAL_RUNGS = (0.05, 0.1, 0.2, 0.4)  # until `settle` has derived others
 
 MIN_RUNG_ROWS = 16
 EVALUATION_SHARE = 0.1  # rungs may cost this share of the training that they judge
 FORWARD_SHARE = 1 / 3  # an evaluated token costs a forward pass, a trained one about three
 
 
-def lengths(search: SearchSpec, splits: dict[str, Any]) -> Plan:
-    """Derives run, rungs and the rungs' validation rows from the prepared data."""
+def lengths(search: SearchSpec, splits: dict[str, Any], shares: Sequence[float] | None = None) -> Plan:
+    """Derives run, rungs and the rungs' validation rows from the prepared data; `shares` win over the spec's rungs."""
+    if shares is None:
+        shares = USUAL_RUNGS if isinstance(search.rungs, str) else search.rungs
     train, validation = splits["train"], splits["validation"]
     examples = space.run_examples(search, train["rows"])
     run_tokens = round(examples * train["tokens"] / train["rows"])
     row_tokens = validation["tokens"] / validation["rows"]
-    affordable = EVALUATION_SHARE * run_tokens / (FORWARD_SHARE * max(len(search.rungs), 1) * row_tokens)
+    affordable = EVALUATION_SHARE * run_tokens / (FORWARD_SHARE * max(len(shares), 1) * row_tokens)
     rows = min(max(math.floor(affordable), MIN_RUNG_ROWS), validation["rows"])
     return Plan(
         examples=examples,
         run_tokens=run_tokens,
-        rungs=tuple(max(round(share * run_tokens), 1) for share in search.rungs),
+        rungs=tuple(max(round(share * run_tokens), 1) for share in shares),
         rung_rows=rows,
         rung_tokens=round(rows * row_tokens),
         validation_tokens=validation["tokens"],
     )
+
+
+def evaluated(data: dict[str, Any]) -> dict[str, Any]:
+    """The splits as evaluations run them: where choices are scored, every one of them goes after every prompt."""
+    splits: dict[str, Any] = data["splits"]
+    scored = data.get("objective", {}).get("validation_tokens")
+    return splits | {"validation": splits["validation"] | {"tokens": scored}} if scored else splits
+
+
+def settle(spec: Spec, facts: dict[str, Any], quote: Quote) -> tuple[Spec, dict[str, Any]]:
+    """Derives the rungs that the spec leaves to a policy, by the cap and the forecast speed, once for all.
+
+    Returns the spec as it is to be stored and the facts with the rungs' lengths. Raises SpecError.
+    """
+    search = spec.search
+    if not isinstance(search.rungs, str):
+        return spec, facts
+    notes = list(facts.get("notes", []))
+    if search.rungs in {"halving", "hyperband"}:
+        cheapest = min(run.cost for run in outline(spec, facts, quote).runs)
+        steps = facts["plan"]["examples"] // max(search.batch_size)
+        fixed = search.eta if "eta" in search.model_fields_set else None
+        derived = rungs.ladder((spec.budget.cap - spec.budget.reserve) / max(cheapest, 1), max(steps, 1), fixed)
+        shares: Sequence[float] = derived.shares
+        update = {"eta": derived.eta} | ({"rungs": derived.shares} if search.rungs == "halving" else {})
+        where = ", ".join(f"{100 * share:.3g}" for share in shares)
+        compared = f"at {where} % of a run, one in {derived.eta} goes on" if shares else "at the end alone"
+        notes.append(f"{search.rungs}: compared {compared}; about {derived.trials} trials by the forecast")
+        search = search.model_copy(update=update)
+    else:
+        made = rungs.policy(search, ())
+        assert made is not None  # it is a class of the user's
+        shares = made.shares
+    plan = asdict(lengths(search, evaluated(facts["data"]), shares))
+    return spec.model_copy(update={"search": search}), facts | {"plan": plan, "notes": notes}
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,11 @@ class Plan:
         """Index of the final rung, the end of the run."""
         return len(self.rungs)
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The rungs before the end as shares of the longest run."""
+        return tuple(tokens / self.run_tokens for tokens in self.rungs)
+
     def until(self, target: int) -> int | None:
         """Tokens at which a trial with this target stands still; None is the end."""
         return None if target >= self.last else self.rungs[target]

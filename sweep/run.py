@@ -20,6 +20,7 @@ from sweep.errors import InvariantError, StoreUnavailableError, StudyBusyError, 
 from sweep.launchers.base import LaunchError
 from sweep.launchers.local import LocalLauncher
 from sweep.loop import Stopping, Sweep
+from sweep.proposals import guide_of
 from sweep.records import Study
 from sweep.store import Store
 from sweep.study import Memory
@@ -97,7 +98,7 @@ def drive(store: Store, name: str, notify: Callable[[], None]) -> None:
 
 
 def _run(store: Store, study: Study, stopping: Stopping, notify: Callable[[], None]) -> None:
-    memory = Memory(store, study.name, study.spec.seed)
+    memory = Memory(store, study.name, study.spec.seed, study.spec.search.sampler, guide_of(study))
     try:
         Sweep(store, study.name, LocalLauncher(), memory, stopping, notify).run()
     except LaunchError as error:

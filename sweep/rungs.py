@@ -9,11 +9,14 @@ halving at 5, 10, 20 and 40 % with half kept found the very best run of both tas
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+from sweep import plugins
+from sweep.errors import SpecError
 from sweep.records import TrialRow
+from sweep.spec import SearchSpec
 from sweep.tables import CONFIRMATIONS
 
 DIVERGED = 1.1  # a loss at a rung this many times the untrained model's means that training hurts
@@ -30,19 +33,33 @@ class Judgement:
     diverged: bool = False
 
 
+class Policy(Protocol):
+    """Who goes on from a rung; `search.rungs: module:Class` names one. Its constructor may take `eta`.
+
+    It is asked when a trial is evaluated at a rung, and again about every paused trial as more results arrive; so it
+    must follow from its arguments alone, or a resumed study decides otherwise.
+    """
+
+    shares: Sequence[float]  # of the longest run, rising: where trials are compared
+
+    def goes_on(self, trial: int, rung: int, losses: Mapping[int, Mapping[int, float]]) -> bool:
+        """Whether the trial trains on from `rung`, counted from 0; `losses[rung][trial]` are in nats a token."""
+
+
 class Results:
     """Losses of all trials at all rungs: `losses[rung][trial]`."""
 
-    def __init__(self, evaluations: Iterable[tuple[int, int, float]]) -> None:
-        """Takes (trial, rung, loss) triples."""
+    def __init__(self, evaluations: Iterable[tuple[int, int, float]], policy: Policy | None = None) -> None:
+        """Takes (trial, rung, loss) triples, and who decides about them; None: halving."""
+        self._policy = policy
         self.losses: dict[int, dict[int, float]] = {}
         for trial, rung, loss in evaluations:
             self.losses.setdefault(rung, {})[trial] = loss
 
     @classmethod
-    def of_search(cls, rows: Iterable[Any]) -> Results:
+    def of_search(cls, rows: Iterable[Any], policy: Policy | None = None) -> Results:
         """From evaluations as they are stored, without those of confirmations."""
-        return cls((row.trial, row.rung, row.loss) for row in rows if row.trial < CONFIRMATIONS)
+        return cls(((row.trial, row.rung, row.loss) for row in rows if row.trial < CONFIRMATIONS), policy)
 
     def rank(self, trial: int, rung: int) -> tuple[int, int]:
         """The trial's place at a rung, from 1, and how many reached it. Ties go to the lower number."""
@@ -51,9 +68,105 @@ class Results:
         return better + 1, len(there)
 
     def among_best(self, trial: int, rung: int, eta: int) -> bool:
-        """Whether the trial is among the best one in `eta` of those that reached the rung."""
+        """Whether the trial goes on: it is among the best one in `eta` of those that reached the rung, or the policy
+        says so."""
+        if self._policy is not None:
+            return asked(self._policy, trial, rung, self.losses)
         place, count = self.rank(trial, rung)
         return place <= count // eta
+
+
+LOWEST, GENTLEST = 0.025, 0.1  # shares of the run within which the first rung lies
+LONGEST = 0.45  # beyond this share a rung saves little
+RUNG_STEPS = 8  # a first rung of fewer optimizer steps says nothing
+WIDE = 32  # configurations that a search should see, if its money allows
+BRACKETS = 3
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Rungs as shares of the longest run, and about how many configurations the money brings to the first of them."""
+
+    shares: tuple[float, ...]
+    eta: int
+    trials: int
+
+
+def ladder(runs: float, steps: int, eta: int | None = None) -> Ladder:
+    """Derives rungs from what the money buys: the gentlest that still let the search see WIDE configurations.
+
+    `runs`: whole runs that the search's money pays for (cap and forecast speed). `steps`: optimizer steps of a run, of
+    the largest batch. A later first rung and a smaller eta lose fewer late bloomers; half kept from a twentieth on
+    found the best of both recorded tasks, a third kept lost 3 % on one of them. `eta` fixes it.
+    """
+    lowest = max(LOWEST, RUNG_STEPS / steps)
+    if lowest > GENTLEST:
+        return Ladder((), eta or 2, max(int(runs), 1))  # so short a run has no early part to judge by
+    firsts = [first for first in (GENTLEST, GENTLEST / 2, LOWEST) if first >= lowest] or [lowest]
+    options = [_laddered(first, kept, runs) for kept in ((eta,) if eta else (2, 3)) for first in firsts]
+    return next((option for option in options if option.trials >= WIDE), max(options, key=lambda option: option.trials))
+
+
+def _laddered(first: float, eta: int, runs: float) -> Ladder:
+    shares = [first]
+    while shares[-1] * eta <= LONGEST:
+        shares.append(round(shares[-1] * eta, 6))
+    *climb, last = [(end - start) * float(eta) ** -rung for rung, (start, end) in enumerate(_stretches(shares))]
+    trials = runs / (sum(climb) + last)
+    if trials < eta ** len(shares):  # one of them comes to its end all the same
+        trials = (runs - (1 - shares[-1])) / sum(climb)
+    return Ladder(tuple(shares), eta, max(int(trials), 1))
+
+
+def _stretches(shares: Sequence[float]) -> list[tuple[float, float]]:
+    return list(zip([0.0, *shares], [*shares, 1.0], strict=True))
+
+
+class Hyperband:
+    """Halving in brackets, in turn by trial number: those of bracket b are not cut before rung b.
+
+    Li et al., "Hyperband: A Novel Bandit-Based Approach to Hyperparameter Optimization", JMLR 2018; asynchronous as in
+    Li et al., 2020. Trials are compared within their bracket.
+    """
+
+    def __init__(self, shares: Sequence[float], eta: int) -> None:
+        """`shares` of the longest run at which trials are compared; one in `eta` goes on."""
+        self.shares = shares
+        self._eta = eta
+        self._brackets = max(min(len(shares), BRACKETS), 1)
+
+    def goes_on(self, trial: int, rung: int, losses: Mapping[int, Mapping[int, float]]) -> bool:
+        """See Policy."""
+        mine = trial % self._brackets
+        if rung < mine:
+            return True
+        there = {number: loss for number, loss in losses[rung].items() if number % self._brackets == mine}
+        better = sum((loss, number) < (there[trial], trial) for number, loss in there.items())
+        return better + 1 <= len(there) // self._eta
+
+
+def policy(search: SearchSpec, shares: Sequence[float]) -> Policy | None:
+    """Who decides at the rungs of a study; None is halving. Raises SpecError for a class that is none."""
+    if not isinstance(search.rungs, str) or search.rungs == "halving":
+        return None
+    if search.rungs == "hyperband":
+        return Hyperband(shares, search.eta)
+    made: Policy = plugins.make(search.rungs, "search.rungs", eta=search.eta)
+    own = list(getattr(made, "shares", ()))
+    if not callable(getattr(made, "goes_on", None)) or own != sorted(set(own)) or not all(0 < s < 1 for s in own):
+        wanted = "it needs `shares`, rising and between 0 and 1, and goes_on(trial, rung, losses)"
+        raise SpecError(f"search.rungs: {search.rungs} is no policy: {wanted}", "see sweep/rungs.py, Policy")
+    return made
+
+
+def asked(policy: Policy, trial: int, rung: int, losses: Mapping[int, Mapping[int, float]]) -> bool:
+    """The policy's answer. Raises SpecError for whatever a user's class raises."""
+    try:
+        return bool(policy.goes_on(trial, rung, losses))
+    except Exception as error:
+        name = type(policy).__name__
+        message = f"search.rungs: {name}.goes_on failed at trial {trial}, rung {rung}: {type(error).__name__}: {error}"
+        raise SpecError(message, "mend the class, then: sweep resume") from error
 
 
 def judge(

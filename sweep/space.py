@@ -1,19 +1,19 @@
 """The search space as conditional branches, and a trial's configuration out of what the sampler chose.
 
 LoRA's and full-parameter training's parameters have names of their own, because they exist in one branch alone and
-the learning rates differ: full training's range is a tenth of LoRA's (Schulman et al., "LoRA Without Regret", 2025:
-the best LoRA rate is about ten times the best full rate over 14 models).
+the learning rates differ.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-from sweep.spec import Method, RangeSpec, SearchSpec
+from sweep.spec import Method, RangeSpec, SearchSpec, full_rates
 from trainers.messages import TrialConfig
 
-FULL_RATE_RATIO = 0.1
+PLACE = "_place"  # of an ordered choice, for a sampler that knows numbers alone
 
 
 class Suggests(Protocol):
@@ -25,26 +25,63 @@ class Suggests(Protocol):
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
         """Chooses from a range."""
 
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        """Chooses a whole number."""
+
+
+def rates(method: Method, search: SearchSpec) -> RangeSpec | tuple[float, ...]:
+    """The learning rates of a method."""
+    return search.learning_rate if method == "lora" else full_rates(search.learning_rate)
+
+
+def branch(method: Method, search: SearchSpec) -> dict[str, RangeSpec | tuple[Any, ...]]:
+    """The parameters of a method by Optuna's names, in the order in which they are asked for."""
+    own: dict[str, RangeSpec | tuple[Any, ...]] = {}
+    if method == "lora":
+        own = {"lora_rank": search.rank, "lora_alpha": search.alpha, "lora_targets": search.targets}
+    return own | {f"{method}_learning_rate": rates(method, search), "batch_size": search.batch_size}
+
 
 def suggest(trial: Suggests, search: SearchSpec) -> dict[str, Any]:
     """Asks for every parameter of one configuration, branch by branch; returns them by Optuna's names."""
     chosen: dict[str, Any] = {"method": trial.suggest_categorical("method", list(search.method))}
-    if chosen["method"] == "lora":
-        chosen["lora_rank"] = trial.suggest_categorical("lora_rank", list(search.rank))
-        chosen["lora_alpha"] = trial.suggest_categorical("lora_alpha", list(search.alpha))
-        chosen["lora_targets"] = trial.suggest_categorical("lora_targets", list(search.targets))
-        chosen["lora_learning_rate"] = _rate(trial, "lora_learning_rate", search, 1.0)
-    else:
-        chosen["full_learning_rate"] = _rate(trial, "full_learning_rate", search, FULL_RATE_RATIO)
-    chosen["batch_size"] = trial.suggest_categorical("batch_size", list(search.batch_size))
+    for name, values in branch(chosen["method"], search).items():
+        if isinstance(values, RangeSpec):
+            chosen[name] = trial.suggest_float(name, values.low, values.high, log=values.log)
+        elif _placed(values, search):
+            chosen[name] = sorted(values)[trial.suggest_int(name + PLACE, 0, len(values) - 1)]
+        else:
+            chosen[name] = trial.suggest_categorical(name, list(values))
     return chosen
 
 
-def _rate(trial: Suggests, name: str, search: SearchSpec, ratio: float) -> float:
-    space = search.learning_rate
-    if isinstance(space, RangeSpec):
-        return trial.suggest_float(name, space.low * ratio, space.high * ratio, log=space.log)
-    return float(trial.suggest_categorical(name, [rate * ratio for rate in space]))
+def _placed(values: tuple[Any, ...], search: SearchSpec) -> bool:
+    """Whether the sampler is asked for a place in the list: CMA-ES knows numbers alone, all others know choices."""
+    return search.sampler == "cmaes" and not any(isinstance(value, str) for value in values)
+
+
+def encoded(chosen: Mapping[str, Any], search: SearchSpec) -> dict[str, Any]:
+    """A configuration as the sampler's parameters: places instead of values where it is asked for them."""
+    parameters = {"method": chosen["method"]}
+    for name, values in branch(chosen["method"], search).items():
+        placed = isinstance(values, tuple) and _placed(values, search)
+        parameters |= {name + PLACE: sorted(values).index(chosen[name])} if placed else {name: chosen[name]}
+    return parameters
+
+
+def decoded(parameters: Mapping[str, Any], search: SearchSpec) -> dict[str, Any] | None:
+    """The configuration of a sampler's parameters, the reverse of `encoded`; None if it is not whole."""
+    if parameters.get("method") not in search.method:
+        return None
+    chosen = {"method": parameters["method"]}
+    for name, values in branch(chosen["method"], search).items():
+        if name + PLACE in parameters and isinstance(values, tuple):
+            chosen[name] = sorted(values)[parameters[name + PLACE]]
+        elif name in parameters:
+            chosen[name] = parameters[name]
+        else:
+            return None
+    return chosen
 
 
 def config(number: int, chosen: dict[str, Any], search: SearchSpec, examples: int, seed: int) -> TrialConfig:

@@ -6,13 +6,25 @@ What a user leaves out has a default here and nowhere else; the resolved copy is
 from __future__ import annotations
 
 import difflib
+import math
+import re
 import typing
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from budgets.money import MICROS, MoneyError, Rate, parse_rate, parse_usd
@@ -22,6 +34,7 @@ Method = Literal["lora", "full"]
 Targets = Literal["attention", "mlp", "all-linear"]
 MAX_SLOTS = 64
 RESERVE_SHARE = 0.25  # of the cap, for the endgame, unless budget.reserve says otherwise
+CLASS = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"  # a user's own class: module:Class
 
 
 def _exact(micros: int) -> str:
@@ -47,6 +60,21 @@ def _slots(value: Any) -> Any:
     return value
 
 
+def _rungs(value: Any) -> Any:
+    if value == "none":
+        return ()
+    if isinstance(value, str) and value not in {"halving", "hyperband"} and not re.fullmatch(CLASS, value):
+        raise ValueError("is a list of shares such as [0.1, 0.3], `halving`, `hyperband`, `none` or module:Class")
+    return value
+
+
+def _sampler(value: Any) -> Any:
+    known = value in ("tpe", "gp", "random", "cmaes")
+    if not known and not (isinstance(value, str) and re.fullmatch(CLASS, value)):
+        raise ValueError("is `tpe`, `gp`, `random`, `cmaes` or module:Class, an Optuna sampler of your own")
+    return value
+
+
 def _metric(value: Any) -> Any:
     return {"metric": value} if isinstance(value, str) else value
 
@@ -57,6 +85,7 @@ T = typing.TypeVar("T")
 Choices = Annotated[tuple[T, ...], BeforeValidator(_listed), Field(min_length=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Slots = Annotated[int | Literal["auto"], BeforeValidator(_slots)]
+Rungs = Annotated[tuple[Share, ...] | str, BeforeValidator(_rungs)]
 
 
 class _Section(BaseModel):
@@ -138,8 +167,19 @@ class RangeSpec(_Section):
         return self
 
 
+class FirstSpec(_Section):
+    """A configuration that is tried before others; what it leaves out is taken from the priors."""
+
+    method: Method = "lora"
+    rank: int | None = None
+    alpha: float | None = None
+    targets: Targets | None = None
+    learning_rate: float | None = None
+    batch_size: int | None = None
+
+
 class SearchSpec(_Section):
-    """The space, the length of the longest run, and how trials are compared on the way."""
+    """The space, the length of the longest run, how trials are chosen and how they are compared on the way."""
 
     method: Choices[Method] = ("lora",)
     rank: Choices[Annotated[int, Field(ge=1, le=1024)]] = (4, 8, 16, 32, 64)
@@ -150,18 +190,60 @@ class SearchSpec(_Section):
     epochs: float = Field(default=1.0, gt=0)  # the longest run; a part of an epoch is fine
     trials: int | None = Field(default=None, ge=1)  # at most this many; None: what the cap pays for
     live: int = Field(default=4, ge=1)  # trials that take turns; never fewer than the worker has slots
-    rungs: tuple[Share, ...] = (0.05, 0.1, 0.2, 0.4)  # shares of the longest run at which trials are compared
+    rungs: Rungs = (0.05, 0.1, 0.2, 0.4)  # shares of the longest run at which trials are compared, or a policy
     eta: int = Field(default=2, ge=2)  # one in eta goes on from a rung
     warmup: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    sampler: Annotated[str, BeforeValidator(_sampler)] = "tpe"  # where the priors leave the choice
+    priors: str = Field(default="default", min_length=1)  # default, none, or a file that changes sweep/priors.yaml
+    first: tuple[FirstSpec, ...] | None = None  # tried before others; None: the priors' known-good configurations
 
     @model_validator(mode="after")
     def _rising(self) -> SearchSpec:
-        if list(self.rungs) != sorted(set(self.rungs)):
+        if not isinstance(self.rungs, str) and list(self.rungs) != sorted(set(self.rungs)):
             raise ValueError(f"rungs must rise: {list(self.rungs)}")
         return self
+
+    @field_validator("first")
+    @classmethod
+    def _in_the_space(cls, first: tuple[FirstSpec, ...] | None, info: ValidationInfo) -> tuple[FirstSpec, ...] | None:
+        for number, wanted in enumerate(first or ()):
+            for key, value in wanted.model_dump(exclude_none=True).items():
+                if wanted.method == "full" and key in {"rank", "alpha", "targets"}:
+                    raise ValueError(f"number {number + 1}: full-parameter training has no {key}")
+                allowed = info.data.get(key)  # absent if it was refused itself
+                if key == "learning_rate" and wanted.method == "full":
+                    allowed = full_rates(allowed) if allowed is not None else None
+                if isinstance(allowed, RangeSpec) and not _between(value, allowed):
+                    where = f"search.{key}, {allowed.low:g} to {allowed.high:g}"
+                    raise ValueError(f"number {number + 1}: {key} {value:g} is outside {where} for {wanted.method}")
+                if isinstance(allowed, tuple) and not any(_same(value, choice) for choice in allowed):
+                    raise ValueError(f"number {number + 1}: {key} {value} is not among search.{key}, {list(allowed)}")
+        return first
+
+
+FULL_RATE_RATIO = 0.1
+
+
+def full_rates(rates: RangeSpec | tuple[float, ...]) -> RangeSpec | tuple[float, ...]:
+    """Full-parameter training's learning rates: a tenth of LoRA's.
+
+    Schulman et al., "LoRA Without Regret", 2025: the best LoRA rate is about ten times the best full rate over 14
+    models.
+    """
+    if isinstance(rates, RangeSpec):
+        return RangeSpec(low=rates.low * FULL_RATE_RATIO, high=rates.high * FULL_RATE_RATIO, log=rates.log)
+    return tuple(rate * FULL_RATE_RATIO for rate in rates)
+
+
+def _same(value: Any, choice: Any) -> bool:
+    return value == choice or (isinstance(value, float) and math.isclose(value, choice, rel_tol=1e-9))
+
+
+def _between(value: float, allowed: RangeSpec) -> bool:
+    return allowed.low <= value <= allowed.high or _same(value, allowed.low) or _same(value, allowed.high)
 
 
 class ObjectiveSpec(_Section):
@@ -244,7 +326,7 @@ def load(path: Path, overrides: typing.Sequence[str] = (), study: str | None = N
         values["study"] = study
     for override in [*overrides, *([f"budget.cap={cap}"] if cap is not None else [])]:
         _set(values, override)
-    return validate(values, str(path), _lines(node))
+    return validate(values, str(path), lines_of(node))
 
 
 def validate(values: dict[str, Any], where: str, lines: dict[tuple[str, ...], int] | None = None) -> Spec:
@@ -252,7 +334,7 @@ def validate(values: dict[str, Any], where: str, lines: dict[tuple[str, ...], in
     try:
         return Spec.model_validate(values)
     except ValidationError as error:
-        raise SpecError(*_explain(error.errors()[0], where, lines or {})) from error
+        raise SpecError(*explain(error.errors()[0], where, lines or {})) from error
     except MoneyError as error:
         raise SpecError(f"{where}: {error}") from error
 
@@ -274,17 +356,22 @@ def _set(values: dict[str, Any], override: str) -> None:
     section[last] = value
 
 
-def _lines(node: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+def lines_of(node: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+    """Returns the line of every key of a composed YAML document, by its path."""
     found: dict[tuple[str, ...], int] = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*path, str(key.value))
             found[here] = key.start_mark.line + 1
-            found |= _lines(value, here)
+            found |= lines_of(value, here)
     return found
 
 
-def _explain(error: ErrorDetails, where: str, lines: dict[tuple[str, ...], int]) -> tuple[str, str]:
+def explain(
+    error: ErrorDetails, where: str, lines: dict[tuple[str, ...], int], root: type[BaseModel] | None = None
+) -> tuple[str, str]:
+    """Returns a validation error of the `root` model (Spec) as one line, and what to do about it."""
+    root = root or Spec
     path = tuple(
         str(part)
         for part in error["loc"]
@@ -294,8 +381,8 @@ def _explain(error: ErrorDetails, where: str, lines: dict[tuple[str, ...], int])
     place = f"{where}, line {line}" if line else where
     name = ".".join(path)
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], _known(path[:-1]), n=1, cutoff=0.4)
-        known = ", ".join(_known(path[:-1]))
+        near = difflib.get_close_matches(path[-1], _known(path[:-1], root), n=1, cutoff=0.4)
+        known = ", ".join(_known(path[:-1], root))
         return f"{place}: unknown key {name}" + (f"; did you mean {near[0]}?" if near else ""), f"known here: {known}"
     if error["type"] == "missing":
         return f"{place}: {name} is missing", "everything has a default but model, data, machine and budget.cap"
@@ -305,12 +392,20 @@ def _explain(error: ErrorDetails, where: str, lines: dict[tuple[str, ...], int])
     return f"{place}: {name or 'spec'}: {message[0].lower()}{message[1:]}{shown}", ""
 
 
-def _known(path: tuple[str, ...]) -> list[str]:
-    model: Any = Spec
+def _known(path: tuple[str, ...], root: type[BaseModel]) -> list[str]:
+    model: Any = root
     for part in path:
+        if part.isdigit():
+            continue  # a place in a list
         annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
-        options = [annotation, *typing.get_args(annotation)]
-        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        model = _model_in(annotation)
         if model is None:
             return []
     return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The first model that an annotation such as `tuple[Model, ...] | None` speaks of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in typing.get_args(annotation) if (found := _model_in(part))), None)

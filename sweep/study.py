@@ -4,7 +4,10 @@ Our tables are the truth; everything here can be replayed. A paused trial stays 
 trial that was told is final, while the sampler is shown it as PRUNED at its last rung: TPE's constant liar would count
 a RUNNING trial among the bad ones. A diverged trial is shown PRUNED without values; told as FAIL it would be ignored
 and the sampler would walk into the same region again. One that ran out of memory violates a constraint besides, which
-puts it behind all that were feasible.
+puts it behind all that were feasible. Samplers that look at COMPLETE trials alone (all but TPE) are shown both as
+COMPLETE, with the loss of the last rung, or with the worst of all.
+
+Any Optuna sampler can be asked; `PriorSampler` stands before it and lets the priors (sweep/proposals.py) speak first.
 """
 
 from __future__ import annotations
@@ -14,19 +17,29 @@ import copy
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import optuna
-from optuna.samplers import TPESampler
+from optuna._transform import _SearchSpaceTransform
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage, get_storage
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import OperationalError
 
-from sweep.errors import StoreUnavailableError
+from sweep import plugins, space
+from sweep.errors import SpecError, StoreUnavailableError
+from sweep.proposals import MODELLED, Guide, Proposal
+from sweep.spec import SearchSpec
 from sweep.store import Store, begin_immediate
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+NEEDS = {"gp": ("scipy", "torch"), "cmaes": ("cmaes",)}  # packages that Optuna wants for a sampler
+UNGUIDED = 10  # trials drawn at random before a model of them is asked, where no priors choose them: Optuna's number
+SOURCE = "source"  # the trial attribute that says who proposed it
 
 
 class _ViewedStudy(optuna.Study):
@@ -56,8 +69,8 @@ def _reachable() -> Iterator[None]:
 class Memory:
     """One Optuna study, driven by ask and tell."""
 
-    def __init__(self, store: Store, name: str, seed: int) -> None:
-        """Opens the study, or makes it. Raises StoreUnavailableError, like every method here."""
+    def __init__(self, store: Store, name: str, seed: int, sampler: str = "tpe", guide: Guide | None = None) -> None:
+        """Opens the study, or makes it. Raises StoreUnavailableError, like every method here, and SpecError."""
         # Optuna makes its tables without looking whether somebody else is making them too.
         with _reachable(), store.alone("optuna's tables"):
             rdb = RDBStorage(store.optuna_url)
@@ -68,6 +81,8 @@ class Memory:
             self._storage = get_storage(rdb)
             self._rdb = rdb
             self._seed = seed
+            self._kind = sampler
+            self._guide = guide
             # The name is the key: this is how Optuna's own load_if_exists works.
             with contextlib.suppress(optuna.exceptions.DuplicatedStudyError):
                 self._storage.create_new_study([optuna.study.StudyDirection.MINIMIZE], name)
@@ -98,8 +113,8 @@ class Memory:
         diverged: Container[int],
         infeasible: Container[int],
     ) -> tuple[int, dict[str, Any]]:
-        self._study.view = lambda trials: [_shown(t, paused, diverged, infeasible) for t in trials]
-        self._study.sampler = self._sampler(expected)
+        self._study.view = lambda trials: shown(trials, paused, diverged, infeasible, self._kind)
+        self._study.sampler = sampler_for(self._kind, self._seed, expected, self._guide)
         known = self._study.get_trials(deepcopy=False)
         trial = self._adopt(known[expected]) if len(known) > expected else self._study.ask()
         if trial.number != expected:
@@ -147,11 +162,179 @@ class Memory:
     def _state(self, number: int) -> TrialState:
         return self._storage.get_trial(self._id(number)).state
 
-    def _sampler(self, number: int) -> TPESampler:
-        digest = hashlib.sha256(f"{self._seed}:{number}".encode()).digest()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return TPESampler(seed=int.from_bytes(digest[:4], "big"), multivariate=True, group=True, constant_liar=True)
+
+class _CmaEs(CmaEsSampler):
+    """CMA-ES whose state is computed again from its trials. Optuna keeps it as a pickle, and we load none."""
+
+    _space: Mapping[str, BaseDistribution] = {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        self._space = search_space
+        return super().sample_relative(study, trial, search_space)
+
+    def _restore_optimizer(self, completed_trials: list[FrozenTrial]) -> Any:
+        transform = _SearchSpaceTransform(dict(self._space), transform_step=True, transform_0_1=True)
+        optimizer: Any = self._init_optimizer(transform, optuna.study.StudyDirection.MINIMIZE)
+        while True:
+            mine = [t for t in completed_trials if self._space.keys() <= t.params.keys()]
+            generation = self._get_solution_trials(mine, optimizer.generation)[: optimizer.population_size]
+            if len(generation) < optimizer.population_size:
+                return optimizer
+            inside = [{name: trial.params[name] for name in self._space} for trial in generation]
+            values = [trial.value for trial in generation]
+            optimizer.tell([(transform.transform(p), value) for p, value in zip(inside, values, strict=True)])
+
+    def _split_optimizer_str(self, optimizer_str: str) -> dict[str, str]:
+        return {}
+
+
+class PriorSampler(BaseSampler):
+    """Asks the guide first and, where that has no configuration of its own, the inner sampler."""
+
+    def __init__(self, inner: BaseSampler, guide: Guide, number: int) -> None:
+        self._inner = inner
+        self._guide = guide
+        self._number = number
+        self._proposal: Proposal | None = None
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """The inner sampler's space, or none where the guide chooses."""
+        return {} if self._chosen(study, trial) else self._inner.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """What the inner sampler draws together."""
+        return {} if self._chosen(study, trial) else self._inner.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """One parameter: the guide's, else the inner sampler's."""
+        chosen = self._chosen(study, trial)
+        if param_name in chosen:
+            return chosen[param_name]
+        return self._inner.sample_independent(study, trial, param_name, param_distribution)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Passed on."""
+        self._inner.before_trial(study, trial)
+
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        """Passed on."""
+        self._inner.after_trial(study, trial, state, values)
+
+    def reseed_rng(self) -> None:
+        """Passed on."""
+        self._inner.reseed_rng()
+
+    def _chosen(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+        """The guide's configuration by the names of the parameters; empty if it leaves the choice to the sampler."""
+        if self._proposal is None:
+            self._proposal = self._guide.propose(self._number, self._seen(study))
+            study._storage.set_trial_user_attr(trial._trial_id, SOURCE, self._proposal.source)
+        return space.encoded(self._proposal.chosen, self._guide.search) if self._proposal.chosen else {}
+
+    def _seen(self, study: optuna.Study) -> list[dict[str, Any]]:
+        """Whole configurations, the best first: by their end, then by the last rung, then those without a loss."""
+        ended = study._get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        ranked = [
+            chosen
+            for trial in sorted(ended, key=_order)
+            if (chosen := space.decoded(trial.params, self._guide.search)) is not None
+        ]
+        return ranked
+
+
+def _order(trial: FrozenTrial) -> tuple[bool, int, float, int]:
+    complete = trial.state is TrialState.COMPLETE
+    last = trial.last_step if trial.last_step is not None else -1
+    value = trial.value if complete else trial.intermediate_values.get(last)
+    return not complete, -last, value if value is not None else math.inf, trial.number
+
+
+def sampler_for(kind: str, seed: int, number: int, guide: Guide | None = None) -> BaseSampler:
+    """Makes the sampler of one question: `tpe`, `gp`, `random`, `cmaes` or a class of the user's, `module:Class`.
+
+    Its randomness comes from (study seed, trial number) alone; a class of one's own gets it as `seed`, if it takes one.
+    Raises SpecError where a package is missing.
+    """
+    digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
+    draw = int.from_bytes(digest[:4], "big")
+    missing = [package for package in NEEDS.get(kind, ()) if find_spec(package) is None]
+    if missing:
+        raise SpecError(f"search.sampler {kind} needs {' and '.join(missing)}", f"pip install {' '.join(missing)}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        inner = _made(kind, draw, MODELLED if guide is not None and guide.priors.guided else UNGUIDED)
+    return inner if guide is None else PriorSampler(inner, guide, number)
+
+
+def _made(kind: str, draw: int, start: int) -> BaseSampler:
+    tpe = TPESampler(seed=draw, n_startup_trials=start, multivariate=True, group=True, constant_liar=True)
+    match kind:
+        case "tpe":
+            return tpe
+        case "random":
+            return RandomSampler(seed=draw)
+        # What these cannot draw together, a method's own parameters or words, TPE draws one by one.
+        case "gp":
+            return GPSampler(
+                seed=draw, n_startup_trials=start, independent_sampler=tpe, warn_independent_sampling=False
+            )
+        case "cmaes":
+            return _CmaEs(seed=draw, independent_sampler=tpe, warn_independent_sampling=False)
+    made = plugins.make(kind, "search.sampler", seed=draw)
+    if not isinstance(made, BaseSampler):
+        raise SpecError(
+            f"search.sampler: {kind} is not an Optuna sampler", "derive it from optuna.samplers.BaseSampler"
+        )
+    return made
+
+
+def check_sampler(search: SearchSpec) -> None:
+    """Makes the study's sampler once, before anything is paid. Raises SpecError."""
+    sampler_for(search.sampler, 0, 0)
+
+
+def shown(
+    trials: Sequence[FrozenTrial],
+    paused: Mapping[int, int],
+    diverged: Container[int],
+    infeasible: Container[int],
+    kind: str,
+) -> list[FrozenTrial]:
+    """Trials as a sampler is to see them: TPE knows what PRUNED means, all others are shown COMPLETE trials instead."""
+    pruned = [_shown(trial, paused, diverged, infeasible) for trial in trials]
+    if kind == "tpe":
+        return pruned
+    values = [_last_value(trial) for trial in pruned]
+    worst = max((value for value in values if value is not None), default=None)
+    return [
+        trial
+        if trial.state is not TrialState.PRUNED
+        else _completed(trial, worst if trial.number in diverged or trial.number in infeasible else value)
+        for trial, value in zip(pruned, values, strict=True)
+    ]
+
+
+def _last_value(trial: FrozenTrial) -> float | None:
+    if trial.state is TrialState.COMPLETE:
+        return trial.value
+    last = trial.last_step if trial.state is TrialState.PRUNED else None
+    return None if last is None else trial.intermediate_values[last]
+
+
+def _completed(trial: FrozenTrial, value: float | None) -> FrozenTrial:
+    if value is None:
+        return trial
+    done = copy.copy(trial)
+    done.state, done.value, done.datetime_complete = TrialState.COMPLETE, value, trial.datetime_start
+    return done
 
 
 def _shown(

@@ -39,7 +39,7 @@ def command(
     from sweep import launch, pricing
     from sweep.commands.drive import drive
     from sweep.launchers.local import LocalLauncher
-    from sweep.plan import outline
+    from sweep.plan import outline, settle
     from sweep.spec import load
     from sweep.store import Store
     from sweep.views import tables
@@ -55,6 +55,7 @@ def command(
         facts = launch.look(wanted, folder)
         if not anyway:
             launch.compare_gpu(wanted, facts)
+        wanted, facts = settle(wanted, facts, price)
         launch.settle_memory(store, wanted, facts)
         drawn = outline(wanted, facts, price).as_json()
         tables.show_outline(Console(stderr=True), drawn, price.note, facts, wanted.machine.stop_command)

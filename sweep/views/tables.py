@@ -399,6 +399,8 @@ def show_outline(
             "WARNING: by this forecast the cap pays for no whole run; shorten search.epochs or raise it",
             "bold",
         )
+    for words in facts.get("notes", []):
+        say(console, words, "dim")
     say(console, f"{check}; it is not paid for")
     if stop_command is None and facts["device"] not in {"cpu", "replay"}:
         say(

@@ -95,7 +95,7 @@ def write_spec(
         "data": {"train": "recorded"},
         "machine": rented,
         "budget": {"cap": cap} | ({"reserve": reserve} if reserve else {}),
-        "search": {"epochs": 0.125, "learning_rate": {"low": 1e-5, "high": 1e-2}} | search,
+        "search": {"epochs": 0.125, "learning_rate": {"low": 1e-5, "high": 1e-2}, "priors": "none"} | search,
         "endgame": endgame or {"seeds": 0},
     }
     path = folder / f"{name}.yaml"

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
+from pathlib import Path
+
+import pytest
 
 from budgets.ledger import Balances
-from sweep import records, rungs, triage
+from budgets.tariff import Tariff
+from sweep import plan, records, rungs, triage
+from sweep.errors import SpecError
+from sweep.pricing import Quote
 from sweep.projection import Plan, Projector
 from sweep.records import TrialRow
 from sweep.rungs import Results
+from sweep.spec import SearchSpec, Spec
 from trainers.messages import TrialConfig
 
 PLAN = Plan(examples=100, run_tokens=10_000, rungs=(1_000, 2_500), rung_rows=16, rung_tokens=300, validation_tokens=900)
@@ -90,3 +98,103 @@ def test_promise_orders_across_rungs() -> None:
     veteran, loser = trial(0, rung=1, loss=2.0), trial(1, rung=0, loss=3.0)
     values = [rungs.promise(t, results, 2) for t in (veteran, trial(5), loser)]
     assert values == sorted(values) and len(set(values)) == 3
+
+
+def test_a_ladder_follows_from_the_money() -> None:
+    """Proves `halving`: much money cuts late and gently, little cuts early and hard, and a short run is not cut."""
+    rich, usual, poor = (rungs.ladder(runs, 1000) for runs in (100, 6, 2))
+    assert rich.shares == (0.1, 0.2, 0.4) and rich.eta == 2
+    assert usual.shares == (0.05, 0.1, 0.2, 0.4) and usual.eta == 2, "what the recorded curves chose"
+    assert usual.trials == int(6 / 0.1625)
+    assert (poor.shares[0], poor.eta) == (0.025, 3) and 2 / 0.1625 < poor.trials < 32
+    for runs in (1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 1000.0):
+        found = rungs.ladder(runs, 1000)
+        first, last = found.trials * found.shares[0], 1 - found.shares[-1]
+        assert found.shares[0] <= 0.1 and first + last <= runs, "one comes to its end"
+    assert rungs.ladder(6, 79).shares == () and rungs.ladder(2, 160).shares[0] >= 8 / 160
+    assert rungs.ladder(6, 1000, eta=4).eta == 4
+
+
+def spec(cap: str, **search: object) -> Spec:
+    """A spec of one machine."""
+    return Spec.model_validate(
+        {"study": "s", "model": "m", "data": {"train": "t"}, "machine": {"price": "$1/hour"}, "budget": {"cap": cap},
+         "search": search}
+    )  # fmt: skip
+
+
+def settled(given: Spec) -> tuple[Spec, dict]:
+    """The spec and facts that would be stored."""
+    splits = {"train": {"rows": 8_000, "tokens": 800_000}, "validation": {"rows": 200, "tokens": 20_000}}
+    facts = {"parameters": 10**8, "device": "cpu", "cores": 2, "data": {"splits": splits}}
+    facts["plan"] = dataclasses.asdict(plan.lengths(given.search, splits))
+    return plan.settle(given, facts, Quote(Tariff.flat(1_000_000), "hour", ""))
+
+
+def test_the_cap_settles_the_rungs_of_a_spec() -> None:
+    """Proves that halving is stored as the shares that the cap buys, and that a list and `none` stay."""
+    dear, facts = settled(spec("$50", rungs="halving"))
+    cheap, few = settled(spec("$3", rungs="halving"))
+    assert dear.search.rungs == (0.1, 0.2, 0.4) and cheap.search.rungs[0] < 0.1
+    assert facts["plan"]["rungs"] == (80_000, 160_000, 320_000) and "about" in facts["notes"][0]
+    assert len(few["plan"]["rungs"]) == len(cheap.search.rungs)
+    assert Spec.model_validate(dear.resolved()) == dear
+    assert settled(spec("$50", rungs="halving", eta=3))[0].search.eta == 3
+    for rungs_, stored in ([0.1, 0.5], (0.1, 0.5)), ("none", ()):
+        same, facts = settled(spec("$50", rungs=rungs_))
+        assert same.search.rungs == stored and len(facts["plan"]["rungs"]) == len(stored)
+    banded, facts = settled(spec("$50", rungs="hyperband"))
+    assert banded.search.rungs == "hyperband" and len(facts["plan"]["rungs"]) == 3
+
+
+def test_hyperband_cycles_through_brackets() -> None:
+    """Proves brackets: trial 0 is cut at the first rung, 1 only from the second on, each among its own."""
+    found = rungs.policy(SearchSpec(rungs="hyperband"), (0.1, 0.2, 0.4))
+    first = Results([(n, 0, 1.0 + n) for n in range(12)] + [(n, 1, 1.0 + n) for n in (1, 4)], found)
+    assert [first.among_best(n, 0, 2) for n in (0, 3, 6, 9)] == [True, True, False, False]
+    assert all(first.among_best(n, 0, 2) for n in (1, 2, 4, 5, 10, 11))
+    assert [first.among_best(n, 1, 2) for n in (1, 4)] == [True, False]
+
+
+class Half:
+    """A user's policy."""
+
+    shares = (0.5,)
+
+    def goes_on(self, trial: int, rung: int, losses: dict) -> bool:
+        """All under one nat."""
+        return losses[rung][trial] < 1
+
+
+class Rising:
+    """A user's policy that is none."""
+
+    shares = (0.5, 0.1)
+    goes_on = Half.goes_on
+
+
+def test_a_policy_of_ones_own_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves module:Class: its rungs, its decisions in judge and promotable, and one-line errors."""
+    own, facts = settled(spec("$50", rungs=f"{__name__}:Half"))
+    assert own.search.rungs == f"{__name__}:Half" and facts["plan"]["rungs"] == (400_000,)
+    found = rungs.policy(own.search, (0.5,))
+    losses = [(0, 0, 0.5), (1, 0, 0.2), (2, 0, 1.5)]
+    assert judged(0.5, 0, Results(losses, found)).verdict == "promote", "two of three would not be by halving"
+    row = trial(2, state="paused", rung=0, target=0, loss=1.5)
+    assert rungs.promotable([row], Results(losses, found), 2) is None
+    with pytest.raises(SpecError, match=r"search.rungs: .*:Rising is no policy: it needs `shares`"):
+        rungs.policy(SearchSpec(rungs=f"{__name__}:Rising"), ())
+    with pytest.raises(SpecError, match=r"search.rungs: Half.goes_on failed at trial 9, rung 0: KeyError: 9"):
+        Results(losses, found).among_best(9, 0, 2)
+    (tmp_path / "mine_18.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SpecError, match=r"search\.rungs: mine_18:Mine cannot be used: ZeroDivisionError"):
+        rungs.policy(SearchSpec(rungs="mine_18:Mine"), ())
+
+
+@pytest.mark.parametrize("value", ["halvng", "mine-y:Class", "a:b:c", [0.1, 2]])
+def test_rungs_that_are_none_are_refused(value: object) -> None:
+    """Proves that anything but shares, a known policy or module:Class is refused."""
+    with pytest.raises(ValueError, match="rungs"):
+        SearchSpec(rungs=value)

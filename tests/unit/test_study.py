@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from optuna.samplers import RandomSampler
 
-from sweep import space
+from sweep import priors, space, study
+from sweep.errors import SpecError
+from sweep.proposals import Guide
 from sweep.spec import RangeSpec, SearchSpec
 from sweep.store import Store
 from sweep.study import Memory
@@ -81,3 +86,136 @@ def test_a_question_can_be_asked_again(tmp_path: Path) -> None:
         first.close()
         store.dispose()
     assert rates[0] == rates[1]
+
+
+class Midway(RandomSampler):
+    """A user's sampler that always takes the geometric middle of a range."""
+
+    def sample_independent(self, study: Any, trial: Any, name: str, distribution: Any) -> Any:
+        """The middle of a range, chance for choices."""
+        if not hasattr(distribution, "low"):
+            return super().sample_independent(study, trial, name, distribution)
+        return math.sqrt(distribution.low * distribution.high)
+
+
+WIDE = SearchSpec(
+    rank=(4, 8, 16, 32), alpha=(8, 16, 32), targets=("mlp",), batch_size=(8,),
+    learning_rate=RangeSpec(low=1e-5, high=1e-1),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "package", "learns"),
+    [("tpe", "optuna", True), ("gp", "scipy", True), ("cmaes", "cmaes", True), ("random", "optuna", False)],
+)
+def test_every_sampler_learns_from_paused_trials(tmp_path: Path, kind: str, package: str, learns: bool) -> None:
+    """Proves the view of each sampler by where its suggestions land: near the best rate, off the diverging ones.
+
+    Nothing ever completes here: all that is known are paused trials at their first rung, and diverged ones.
+    """
+    pytest.importorskip(package)
+    store = Store(f"sqlite:///{tmp_path}/a.db", create=True)
+    memory = Memory(store, "s", 3, kind)
+    search = WIDE.model_copy(update={"sampler": kind})
+    paused: dict[int, int] = {}
+    diverged: set[int] = set()
+    away = []
+    for number in range(44):
+        _, chosen = memory.ask(number, lambda trial: space.suggest(trial, search), paused, diverged)
+        rate = chosen["lora_learning_rate"]
+        assert chosen["lora_rank"] in search.rank and chosen["lora_alpha"] in search.alpha
+        away.append(abs(math.log10(rate / BEST)))
+        if rate > 3e-2:
+            diverged.add(number)
+            memory.tell(number, "pruned", None, {})
+        else:
+            memory.report(number, 0, away[-1] + 0.1 * abs(math.log2(chosen["lora_rank"] / 16)))
+            paused[number] = 0
+    memory.close()
+    store.dispose()
+    late = statistics.mean(away[-14:])
+    assert late < 0.7 if learns else late > 0.8, f"{late}: 1.0 is what guessing gives"
+    assert not learns or not diverged & set(range(32, 44))
+
+
+def test_a_sampler_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves module:Class: a user's sampler chooses, is found in the working directory, or refused in one line."""
+    (tmp_path / "mine_17.py").write_text("from optuna.samplers import RandomSampler as Mine\nclass Broken:\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    store = Store(f"sqlite:///{tmp_path}/a.db", create=True)
+    memory = Memory(store, "s", 0, f"{__name__}:Midway")
+    assert ask(memory, 0, {}, set()) == pytest.approx(1e-3)
+    memory.close()
+    store.dispose()
+    assert isinstance(study.sampler_for("mine_17:Mine", 0, 0), RandomSampler)
+    for name, message in [
+        ("mine_17:Broken", "is not an Optuna sampler"),
+        ("mine_17:Absent", "AttributeError"),
+        ("absent_17:Mine", "ModuleNotFoundError: No module named 'absent_17'"),
+    ]:
+        with pytest.raises(SpecError, match=f"search.sampler: {name} .*{message}") as caught:
+            study.sampler_for(name, 0, 0)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_missing_package_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that a sampler whose package is not there is refused in one line that says what to install."""
+    monkeypatch.setattr(study, "NEEDS", {"tpe": ("no_such_package_1", "optuna")})
+    with pytest.raises(SpecError, match=r"search\.sampler tpe needs no_such_package_1") as caught:
+        study.check_sampler(SearchSpec())
+    assert caught.value.hint == "pip install no_such_package_1"
+
+
+def test_cmaes_keeps_no_pickle(tmp_path: Path) -> None:
+    """Proves that CMA-ES leaves nothing in the database that would have to be unpickled, and still goes on from it."""
+    pytest.importorskip("cmaes")
+    store = Store(f"sqlite:///{tmp_path}/a.db", create=True)
+    memory, search = Memory(store, "s", 3, "cmaes"), WIDE.model_copy(update={"sampler": "cmaes"})
+    for number in range(24):
+        _, chosen = memory.ask(number, lambda trial: space.suggest(trial, search), {}, set())
+        memory.tell(number, "completed", abs(math.log10(chosen["lora_learning_rate"] / BEST)), {})
+    attributes = [trial.system_attrs for trial in memory._study.get_trials()]
+    memory.close()
+    store.dispose()
+    assert max(attrs.get("cma:generation", 0) for attrs in attributes) >= 2
+    assert not any("optimizer" in key for attrs in attributes for key in attrs)
+
+
+@pytest.mark.parametrize("method", [("lora",), ("lora", "full")])
+def test_guided_questions_can_be_asked_again(tmp_path: Path, method: tuple[str, ...]) -> None:
+    """Proves crash replay with priors: killed inside any question, whatever its source, the study goes on as it would.
+
+    The half-asked trial is left with its first parameters drawn, or with none.
+    """
+    search = SearchSpec.model_validate({"method": method})
+    known = priors.select(search, {"hidden_size": 576, "model_type": "llama"}, 2000)
+    assert known is not None
+    histories, sources = [], []
+    for name in ("whole", "killed"):
+        store = Store(f"sqlite:///{tmp_path}/{name}.db", create=True)
+        memory = Memory(store, "s", 7, "tpe", Guide(known, search, 2000, 7))
+        history = []
+        for number in range(24):
+            if name == "killed" and number % 3 != 2:
+                with pytest.raises(KeyboardInterrupt):
+                    memory.ask(number, lambda trial, n=number: _killed(trial, search, n), {}, set())
+                memory.close()
+                memory = Memory(store, "s", 7, "tpe", Guide(known, search, 2000, 7))
+            _, chosen = memory.ask(number, lambda trial: space.suggest(trial, search), {}, set())
+            history.append(chosen)
+            memory.tell(number, "completed", abs(math.log10(chosen[f"{chosen['method']}_learning_rate"] / BEST)), {})
+        histories.append(history)
+        sources.append([trial.user_attrs["source"] for trial in memory._study.get_trials()])
+        memory.close()
+        store.dispose()
+    assert histories[0] == histories[1] and sources[0] == sources[1]
+    assert {"first", "prior", "uniform", "incumbent", "sampler"} == set(sources[0])
+    assert histories[0][: len(known.first)] == [dict(chosen) for chosen in known.first]
+
+
+def _killed(trial: Any, search: SearchSpec, number: int) -> dict[str, Any]:
+    chosen = trial.suggest_categorical("method", list(search.method))
+    if number % 2 and chosen == "lora":
+        trial.suggest_categorical("lora_rank", list(search.rank))
+    raise KeyboardInterrupt
