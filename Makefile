@@ -65,9 +65,10 @@ lint: install
 	$(BIN)/mypy
 
 # Tests marked smollm load the real model; without the folder they would have nothing to load. Two at a time, since many
-# wait for processes; the tests of a file stay together. Those marked alone hold processes to deadlines of seconds.
+# wait for processes; the tests of a file stay together. Each computes on one thread: on two cores, four would wait for each
+# other. Those marked alone hold processes to deadlines of seconds.
 test: lint model
-	$(BIN)/pytest -m 'not stress and not alone' -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not stress and not alone' -n 2 --dist loadfile
 	$(BIN)/pytest -m 'alone and not stress'
 
 fix: install

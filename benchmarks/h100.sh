@@ -3,13 +3,16 @@
 #
 #   packing-135m packing-1.5b packing-8b   today's tools against packed trials, text of 300 tokens an example
 #   short                                  the same at 135M with text under 40 tokens
+#   memory                                 predicted against measured peaks, LoRA and full
+#   full                                   full-parameter steps at 135M and 1.5B: tokens/s, MFU, peak memory
 #   study                                  start-up cold and warm, occupancy, empty slots, forecasts in a small study
+#   verdict-words verdict-sums             LoRA or full: a whole study each, and what sweep compare says of it
 #
 # Run it in the root of a checkout with benchmarks/data (python -m benchmarks.workload) and, for `short`, `study` and the
 # real weights of 135M, models/smollm2-135m. Each step has a time limit of its own, writes its lines to OUT as they come,
 # and a step that failed does not end the part. SCRATCH (default /dev/shm) holds random weights, 16 GB at 8B.
 set -uo pipefail
-out=$1
+out=$(realpath -m "$1")
 shift
 mkdir -p "$out"
 scratch=${SCRATCH:-/dev/shm}
@@ -22,25 +25,45 @@ step() {
     echo "$* : exit $? after $((SECONDS - begun)) s" | tee -a "$out/steps.txt"
 }
 
-packing() { # limit, shape, steps of a cold trial, slots, tokens, numbers of processes
+packing() { # limit, shape, steps of a trial, slots, tokens, numbers of processes, more
     step "$1" benchmarks.packing --shape "$2" --mode cold warm processes solo pack --steps "$3" --seconds 12 --warm-up 3 \
         --slots "$4" --tokens "$5" --processes $6 --scratch "$scratch" --out "$out/packing.jsonl" "${@:7}"
 }
 
+root=$PWD
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # a checkout is enough: nothing needs to be installed
+declare -A rows=([words]=define.jsonl [sums]=sums.jsonl)
+study() { # words or sums, more settings
+    local settings=("model=$root/models/smollm2-135m" "data.train=$root/examples/data/${rows[$1]}")
+    settings+=("data.retention=$root/examples/data/jargon.jsonl" "${@:2}")
+    step 540 benchmarks.machine_time "examples/lora-or-full-$1.yaml" --folder "$scratch/study" \
+        --out "$out/machine_time.jsonl" "${settings[@]/#/--set=}"
+}
+
 for part in "$@"; do
     case $part in
-    packing-135m) packing 560 135m 80 40 65536 "4 8 16" ;;
+    packing-135m) packing 560 smollm2-135m 80 40 65536 "4 8 16" ;;
     packing-1.5b) packing 560 1.5b 80 12 24576 "2 4 8" ;;
     packing-8b) packing 590 8b 60 8 8192 "2 4" ;;
-    short) packing 560 135m 80 64 65536 "8 16" --data short ;;
+    short) packing 560 smollm2-135m 80 64 65536 "8 16" --data short ;;
+    memory) step 580 benchmarks.memory --total 350 --out "$out/memory.jsonl" ;;
+    full)
+        for shape in smollm2-135m 1.5b; do
+            step 240 benchmarks.full --shape "$shape" --steps 30 --scratch "$scratch" --out "$out/full.jsonl"
+        done
+        ;;
     study)
         for name in cold warm; do
-            step 400 benchmarks.machine_time examples/lora-or-full-words.yaml --folder "$scratch/study" \
-                --set "study=$name" --set "model=$PWD/models/smollm2-135m" \
-                --set "data.train=$PWD/examples/data/define.jsonl" --out "$out/machine_time.jsonl"
+            study words "study=$name"
         done
         step 60 benchmarks.forecast --study-db "$scratch/study/studies.db" --study cold --json
         cp "$scratch/study/studies.db" "$out/" 2>/dev/null
+        ;;
+    verdict-*)
+        study "${part#verdict-}"
+        (cd "$scratch/study" && for verb in "compare --claims" statement best; do
+            COLUMNS=120 python3 -m sweep $verb "lora-or-full-${part#verdict-}"
+        done) >>"$out/$part.txt" 2>&1
         ;;
     *) echo "there is no part $part" >&2 && exit 2 ;;
     esac
