@@ -27,10 +27,12 @@ from benchmarks.simulated import (
 )
 from benchmarks.tables import Pool, Row, Table
 from budgets.ledger import Ledger
-from sweep import launch, pricing, records
+from sweep import launch, pricing, priors, records
 from sweep.audit import violations
 from sweep.errors import InvariantError
 from sweep.loop import Stopping, Sweep
+from sweep.proposals import guide_of
+from sweep.records import Study
 from sweep.run import take
 from sweep.spec import Spec, validate
 from sweep.store import Store
@@ -58,13 +60,14 @@ class _MovedStudy(_ViewedStudy):
 class TableMemory(Memory):
     """The sampler's memory, which gets a row of the table for whatever it suggests (benchmarks.tables.Pool)."""
 
-    def __init__(self, store: Store, name: str, seed: int, table: Table) -> None:
+    def __init__(self, store: Store, study: Study, table: Table) -> None:
         """Opens the study over a pool of all rows."""
-        super().__init__(store, name, seed)
+        spec = study.spec
+        super().__init__(store, study.name, spec.seed, spec.search.sampler, guide_of(study))
         self.pool = Pool(table)
         self.rows: dict[int, Row] = {}
-        self._study = study = _MovedStudy(name, self._storage)
-        study.moved = {}
+        self._study = moved = _MovedStudy(study.name, self._storage)
+        moved.moved = {}
 
     def _ask(self, expected: int, suggest: Any, *seen: Any) -> tuple[int, dict[str, Any]]:
         number, chosen = super()._ask(expected, suggest, *seen)
@@ -97,9 +100,10 @@ class Replayed:
 
 
 def make_spec(table: Table, folder: Path, seed: int, cap_micros: int, slots: int, **search: Any) -> Spec:
-    """The study of a table: its own space, everything else as a user gets it, but nothing for an endgame.
+    """The study of a table: its own space, everything else as a user gets it, but no priors and nothing for an endgame.
 
-    What is compared is the search, and a table has no other seeds for every row.
+    What is compared is the search. Ours is to know as little of the task beforehand as the others do, and a table has
+    no other seeds for every row.
     """
     (folder / "timings.json").write_text(json.dumps({}))
     space = table.facts["space"]["lora"]
@@ -128,7 +132,9 @@ def _facts(table: Table, spec: Spec) -> dict[str, Any]:
     facts = {"parameters": table.facts["parameters"], "device": "replay", "cores": 8, "seconds": 0.0}
     lengths = launch.lengths(spec.search, splits)
     plan = {**vars(lengths), "rung_rows": 100, "rung_tokens": VALIDATION_TOKENS}
-    return facts | {"data": {"splits": splits}, "plan": plan}
+    chosen = priors.select(spec.search, facts, examples)
+    known = chosen.model_dump(mode="json") if chosen else None
+    return facts | {"data": {"splits": splits}, "plan": plan, "priors": known}
 
 
 def _timings(table: Table) -> Timings:
@@ -162,10 +168,10 @@ def replay(
         folder = Path(temporary)
         spec = make_spec(table, folder, seed, cap, slots, **search)
         store = Store(f"sqlite:///{folder}/studies.db", create=True)
-        launch.create(store, spec, _facts(table, spec), pricing.quote(spec), folder, BOOT)
+        study = launch.create(store, spec, _facts(table, spec), pricing.quote(spec), folder, BOOT)
         take(store, spec.study)
         launcher = SimulatedLauncher(table, seed, slots, _timings(table))
-        mind = memory(store, spec.study, seed, table)
+        mind = memory(store, study, table)
         driven = sweep(store, spec.study, launcher, mind, Stopping())
         if watch is not None:
             step = driven.step

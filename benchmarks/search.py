@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from optuna.samplers import RandomSampler
 
 from benchmarks import race, replay, synthetic, tables
 from benchmarks.replay import Replayed, TableMemory
@@ -72,20 +71,13 @@ class NoFinish(Sweep):
         return False
 
 
-class RandomMemory(TableMemory):
-    """A sampler that learns nothing."""
-
-    def _sampler(self, number: int) -> Any:
-        return RandomSampler(seed=super()._sampler(number)._rng.rng.randint(2**31))
-
-
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours-no-rungs": {"rungs": []},
     "ours-no-promotion": {"sweep": NoPromotion},
     "ours-no-triage": {"sweep": NoTriage},
     "ours-no-finish": {"sweep": NoFinish},
-    "ours-random-sampler": {"memory": RandomMemory},
+    "ours-random-sampler": {"sampler": "random"},
     "ours-eta-3": {"rungs": [0.05, 0.15, 0.4], "eta": 3},
     "ours-eta-4": {"rungs": [0.05, 0.2], "eta": 4},
 }
@@ -306,7 +298,7 @@ def steps(options: argparse.Namespace) -> int:
             return found
 
     def watch(driven: Sweep, step: Callable[[], bool]) -> bool:
-        before = len(driven._read[0])
+        before = len(driven._current.trials) if driven._current else 0
         questions = len(asked)
         started = time.process_time()
         changed = step()

@@ -60,13 +60,16 @@ class Guide:
         digest = hashlib.sha256(f"{seed}:sources".encode()).digest()
         self._offset = int.from_bytes(digest[:4], "big") / 2**32
 
-    def propose(self, number: int, seen: Sequence[Mapping[str, Any]]) -> Proposal:
-        """Proposes trial `number`. `seen` are the configurations with a result, the best first."""
+    def propose(self, number: int, seen: Sequence[Mapping[str, Any]], measured: int | None = None) -> Proposal:
+        """Proposes trial `number`. `seen` are the configurations with a result, the best first.
+
+        The first `measured` of them have a loss (None: all); the others diverged or ran out of memory.
+        """
         if number < len(self.priors.first):
             return Proposal("first", dict(self.priors.first[number]))
         if not self.priors.guided:
             return Proposal("sampler", None)
-        shares = self.shares(seen)
+        shares = self.shares(seen, measured)
         # Multiples of the golden ratio fill the line evenly: of ten trials in a row one is uniform, not by luck none.
         at = (self._offset + number * GOLDEN) % 1.0
         source = _pick(list(shares), list(shares.values()), at)
@@ -77,27 +80,28 @@ class Guide:
             return Proposal(source, self._anything(draw))
         return Proposal(source, self._near(seen[0], draw) if source == "incumbent" else None)
 
-    def shares(self, seen: Sequence[Mapping[str, Any]]) -> dict[SourceName, float]:
-        """How likely each source is for the next configuration; the sum is 1."""
+    def shares(self, seen: Sequence[Mapping[str, Any]], measured: int | None = None) -> dict[SourceName, float]:
+        """How likely each source is for the next configuration; the sum is 1. `measured` as in `propose`."""
         count = len(seen)
         sampler = (1 - UNIFORM) * count / (count + SAMPLED_AT) if count >= MODELLED else 0.0
         rest = 1 - UNIFORM - sampler
-        near = rest * count / (count + NEAR_AT) if count > 1 else 0.0
+        # Next to what diverged or ran out of memory there is nothing to look for.
+        near = rest * count / (count + NEAR_AT) if count > 1 and measured != 0 else 0.0
         # A trust of a half, or more, leaves the priors all that doubt does not take.
-        prior = (rest - near) * min(2 * self.trust(seen), 1.0) * (1 - DOUBT)
+        prior = (rest - near) * min(2 * self.trust(seen, measured), 1.0) * (1 - DOUBT)
         free = rest - near - prior
         if count >= MODELLED:
             sampler, free = sampler + free, 0.0
         return {"prior": prior, "uniform": UNIFORM + free, "incumbent": near, "sampler": sampler}
 
-    def trust(self, seen: Sequence[Mapping[str, Any]]) -> float:
+    def trust(self, seen: Sequence[Mapping[str, Any]], measured: int | None = None) -> float:
         """How far the priors are to be believed, 0 to 1; a half if nothing speaks for or against them.
 
         Compared is how often configurations that the priors think likely are among the best third, and how often
-        others are.
+        others are. One without a loss is never among the best (`measured` as in `propose`).
         """
         likely = [1 - 1 / (1 + self.density(chosen)) for chosen in seen]
-        best = math.ceil(BEST * len(seen))
+        best = min(math.ceil(BEST * len(seen)), len(seen) if measured is None else measured)
         inside = (1 + sum(likely[:best])) / (1 / BEST + sum(likely))
         outside = (1 + best - sum(likely[:best])) / (1 / BEST + len(seen) - sum(likely))
         return inside**SHARPNESS / (inside**SHARPNESS + outside**SHARPNESS)

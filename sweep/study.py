@@ -5,7 +5,7 @@ trial that was told is final, while the sampler is shown it as PRUNED at its las
 a RUNNING trial among the bad ones. A diverged trial is shown PRUNED without values; told as FAIL it would be ignored
 and the sampler would walk into the same region again. One that ran out of memory violates a constraint besides, which
 puts it behind all that were feasible. Samplers that look at COMPLETE trials alone (all but TPE) are shown both as
-COMPLETE, with the loss of the last rung, or with the worst of all.
+COMPLETE, with the loss of the last rung, or with the worst of all, and no constraint: GP wants all trials to have it.
 
 Any Optuna sampler can be asked; `PriorSampler` stands before it and lets the priors (sweep/proposals.py) speak first.
 """
@@ -235,19 +235,23 @@ class PriorSampler(BaseSampler):
     def _chosen(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
         """The guide's configuration by the names of the parameters; empty if it leaves the choice to the sampler."""
         if self._proposal is None:
-            self._proposal = self._guide.propose(self._number, self._seen(study))
+            self._proposal = self._guide.propose(self._number, *self._seen(study))
             study._storage.set_trial_user_attr(trial._trial_id, SOURCE, self._proposal.source)
         return space.encoded(self._proposal.chosen, self._guide.search) if self._proposal.chosen else {}
 
-    def _seen(self, study: optuna.Study) -> list[dict[str, Any]]:
-        """Whole configurations, the best first: by their end, then by the last rung, then those without a loss."""
+    def _seen(self, study: optuna.Study) -> tuple[list[dict[str, Any]], int]:
+        """Whole configurations, the best first: by their end, then by the last rung, then those without a loss.
+
+        The latter diverged or ran out of memory. Returned beside them is how many have a loss, be it the worst of all
+        that samplers other than TPE are shown.
+        """
         ended = study._get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
         ranked = [
-            chosen
+            (trial.state is TrialState.COMPLETE or trial.last_step is not None, chosen)
             for trial in sorted(ended, key=_order)
             if (chosen := space.decoded(trial.params, self._guide.search)) is not None
         ]
-        return ranked
+        return [chosen for _, chosen in ranked], sum(measured for measured, _ in ranked)
 
 
 def _order(trial: FrozenTrial) -> tuple[bool, int, float, int]:
@@ -309,15 +313,17 @@ def shown(
     kind: str,
 ) -> list[FrozenTrial]:
     """Trials as a sampler is to see them: TPE knows what PRUNED means, all others are shown COMPLETE trials instead."""
-    pruned = [_shown(trial, paused, diverged, infeasible) for trial in trials]
+    hidden = {trial.number for trial in trials if trial.number in diverged or trial.number in infeasible}
+    pruned = [_shown(trial, paused, hidden) for trial in trials]
     if kind == "tpe":
+        for trial in pruned:
+            if trial.number in infeasible:
+                trial.set_constraint("memory", 1.0)  # over zero is violated
         return pruned
     values = [_last_value(trial) for trial in pruned]
     worst = max((value for value in values if value is not None), default=None)
     return [
-        trial
-        if trial.state is not TrialState.PRUNED
-        else _completed(trial, worst if trial.number in diverged or trial.number in infeasible else value)
+        trial if trial.state is not TrialState.PRUNED else _completed(trial, worst if trial.number in hidden else value)
         for trial, value in zip(pruned, values, strict=True)
     ]
 
@@ -337,14 +343,11 @@ def _completed(trial: FrozenTrial, value: float | None) -> FrozenTrial:
     return done
 
 
-def _shown(
-    trial: FrozenTrial, paused: Mapping[int, int], diverged: Container[int], infeasible: Container[int]
-) -> FrozenTrial:
-    hidden = trial.number in diverged or trial.number in infeasible
-    if not hidden and trial.number not in paused:
+def _shown(trial: FrozenTrial, paused: Mapping[int, int], hidden: Container[int]) -> FrozenTrial:
+    if trial.number not in hidden and trial.number not in paused:
         return trial
-    values = {} if hidden else {s: v for s, v in trial.intermediate_values.items() if s <= paused[trial.number]}
-    shown = FrozenTrial(
+    known = {} if trial.number in hidden else trial.intermediate_values
+    return FrozenTrial(
         number=trial.number,
         state=TrialState.PRUNED,
         value=None,
@@ -354,9 +357,6 @@ def _shown(
         distributions=trial.distributions,
         user_attrs=trial.user_attrs,
         system_attrs=dict(trial.system_attrs),
-        intermediate_values=values,
+        intermediate_values={step: loss for step, loss in known.items() if step <= paused[trial.number]},
         trial_id=trial._trial_id,
     )
-    if trial.number in infeasible:
-        shown.set_constraint("memory", 1.0)  # over zero is violated
-    return shown

@@ -384,13 +384,18 @@ def test_what_ran_out_of_memory_is_not_tried_again() -> None:
     assert feasibility.exhausted([ran_out, *[dataclasses.replace(refused, number=n) for n in range(1, 25)]])
 
 
-def test_the_sampler_turns_away_from_what_does_not_fit(tmp_path: Path) -> None:
-    """Proves that ranks that run out of memory are asked for less and less, though no other has a better loss."""
+@pytest.mark.parametrize(("kind", "package"), [("tpe", "optuna"), ("gp", "scipy"), ("cmaes", "cmaes")])
+def test_the_sampler_turns_away_from_what_does_not_fit(tmp_path: Path, kind: str, package: str) -> None:
+    """Proves that ranks that run out of memory are asked for less and less, though no other has a better loss.
+
+    GP takes a constraint of all trials or of none.
+    """
+    pytest.importorskip(package)
     search = spec(search={"rank": [8, 64], "alpha": [8], "targets": ["mlp"], "batch_size": [8]}).search
     store = Store(f"sqlite:///{tmp_path}/a.db", create=True)
     late: dict[bool, int] = {}
     for shown in (True, False):
-        memory, failed = Memory(store, f"s{shown}", 0), set()
+        memory, failed = Memory(store, f"s{shown}", 0, kind), set()
         ranks = []
         for number in range(26):
             infeasible = failed if shown else set()

@@ -15,6 +15,8 @@ from benchmarks import race, replay, search, synthetic, tables
 from benchmarks.replay import Replayed, Seen
 from benchmarks.simulated import LOAD_SECONDS, MICROS_PER_HOUR
 from benchmarks.tables import Pool, Row, Run, Table
+from sweep import priors
+from sweep.spec import SearchSpec
 
 DOLLARS_A_SECOND = MICROS_PER_HOUR / 3600 / 1e6
 
@@ -201,11 +203,26 @@ def test_a_replay_is_a_whole_study(small: Table) -> None:
 
 
 def test_parts_can_be_switched_off(small: Table) -> None:
-    """Proves that the ablation changes what it says: without rungs whole runs alone, without promotion others."""
+    """Proves that the ablation changes what it says: without rungs whole runs alone, without promotion
+    others, and that chance is not TPE."""
     whole = replay.replay(small, 1, 3.0, **search.OURS["ours-no-rungs"])
     assert {seen.share for seen in whole.seen} == {1.0}
     stopped = replay.replay(small, 1, 3.0, **search.OURS["ours-no-promotion"])
     assert stopped.seen != replay.replay(small, 1, 3.0).seen
+    wide = synthetic.make("synthetic-forgiving", seed=3, lora=24, full=0).lasting(600.0)
+    options = {"rungs": [0.05], "eta": 24}  # looks alone, so that TPE soon knows more than it draws at random first
+    chance = replay.replay(wide, 1, 4.0, **search.OURS["ours-random-sampler"], **options)
+    assert chance.trials > 10 and chance.seen != replay.replay(wide, 1, 4.0, **options).seen
+
+
+def test_a_replay_can_be_given_priors(small: Table) -> None:
+    """Proves that a table's study has no priors unless they are asked for, and then begins with a known-good one."""
+    led = replay.replay(small, 1, 2.0, priors="default")
+    known = priors.select(SearchSpec(), {}, int(small.facts["examples"]))
+    assert known is not None
+    first = {name.removeprefix("lora_"): value for name, value in known.first[0].items()}
+    assert led.seen[0].row == Pool(small.of("lora")).take(first).number
+    assert led.seen != replay.replay(small, 1, 2.0).seen
 
 
 def test_a_sampler_sees_the_rows_that_it_got(small: Table) -> None:

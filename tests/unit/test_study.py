@@ -182,6 +182,28 @@ def test_cmaes_keeps_no_pickle(tmp_path: Path) -> None:
     assert not any("optimizer" in key for attrs in attributes for key in attrs)
 
 
+@pytest.mark.parametrize("kind", ["tpe", "random"])
+def test_nothing_is_sought_near_what_did_not_fit(tmp_path: Path, kind: str) -> None:
+    """Proves that configurations that all ran out of memory are no incumbents and speak against the priors; with one
+    that has a loss there is an incumbent again."""
+    known = priors.select(SearchSpec(), {"hidden_size": 576, "model_type": "llama"}, 2000)
+    assert known is not None
+    store = Store(f"sqlite:///{tmp_path}/a.db", create=True)
+    led = Guide(known, SearchSpec(), 2000, 7)
+    memory = Memory(store, "s", 7, kind, led)
+    failed: set[int] = set()
+    for number in range(30):
+        memory.ask(number, lambda trial: space.suggest(trial, SearchSpec()), {}, set(), failed)
+        failed.add(number)
+        memory.tell(number, "failed", None, {})
+    assert "incumbent" not in {trial.user_attrs["source"] for trial in memory._study.get_trials()}
+    seen = [dict(chosen) for chosen in known.first]
+    assert led.trust(seen, 0) < led.trust([], 0) < led.trust(seen), "the likely ones did not fit, or they did well"
+    assert led.shares(seen, 0)["incumbent"] == 0 < led.shares(seen, 1)["incumbent"]
+    memory.close()
+    store.dispose()
+
+
 @pytest.mark.parametrize("method", [("lora",), ("lora", "full")])
 def test_guided_questions_can_be_asked_again(tmp_path: Path, method: tuple[str, ...]) -> None:
     """Proves crash replay with priors: killed inside any question, whatever its source, the study goes on as it would.
