@@ -110,7 +110,6 @@ def _replayed(spec: Spec) -> dict[str, Any]:
     splits = {
         "train": {"rows": rows, "tokens": round(rows * tokens)},
         "validation": {"rows": validation, "tokens": recorded["validation_tokens"]},
-        "test": {"rows": validation, "tokens": recorded["validation_tokens"]},
     }
     # As in trainers/replay.py.
     row_tokens = recorded["validation_tokens"] / validation

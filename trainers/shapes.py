@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trainers.memory import Shape
-from trainers.models import ModelError, layer_linears, one_line
+from trainers.models import ModelError, layer_linears, layers_of, one_line
 
 _TOKENS = 64  # that run through the model; everything is counted a token
 _NAME = "sweep_counted"
@@ -61,12 +61,6 @@ class _Counts:
 
 def _key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def layers_of(decoder: nn.Module) -> list[nn.Module]:
-    """The decoder's layers: the longest list of modules in it."""
-    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
 
 
 def shape_of(model: PreTrainedModel) -> Shape:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from process_bench import Bench
+from process_bench import Bench, write_rows
 
 TRAINERS = Path(__file__).parents[1] / "trainers"
 # In a process of its own: this one stays without torch.
@@ -27,20 +25,13 @@ tiny.save_model(root / "tiny")
 prepare(AutoTokenizer.from_pretrained(root / "tiny"), train=str(root / "rows.jsonl"), folder=root / "data",
         validation=0.2, test=0.1, max_tokens=64, seed=3, model="tiny")
 """
-WORDS = ["red", "blue", "dog", "cat", "bird", "runs", "sleeps", "sings", "slowly", "over", "the", "a", "house", "river"]
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny model, and rows of differing lengths, prepared."""
     root = tmp_path_factory.mktemp("prepared")
-    rng = random.Random(1)
-
-    def words() -> str:
-        return " ".join(rng.choices(WORDS, k=rng.randint(2, 9)))
-
-    rows = [{"prompt": words() + " ->", "completion": " " + words()} for _ in range(60)]
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(root / "rows.jsonl")
     subprocess.run([sys.executable, "-c", PREPARE, str(TRAINERS), str(root)], check=True)
     return root
 

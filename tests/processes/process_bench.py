@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -38,6 +39,7 @@ TIMINGS = {
     "restore": 0.2,
     "train": {"lora": 0.00113, "full": 0.003},
 }
+WORDS = ["red", "blue", "dog", "cat", "bird", "runs", "sleeps", "sings", "slowly", "over", "the", "a", "house", "river"]
 
 
 def config(number: int = 0, **changes: Any) -> TrialConfig:
@@ -166,3 +168,14 @@ def gone(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except (ProcessLookupError, FileNotFoundError):
         return True
+
+
+def write_rows(path: Path) -> None:
+    """Writes rows of differing lengths, the same every time."""
+    rng = random.Random(1)
+
+    def words() -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(2, 9)))
+
+    rows = [{"prompt": words() + " ->", "completion": " " + words()} for _ in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

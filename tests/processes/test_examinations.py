@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from process_bench import Bench, config
+from process_bench import Bench, config, write_rows
 
 from trainers.messages import Admit, BaseExamined, Drop, EvaluateBase, Evaluated, ExamineBase, Stop
 
@@ -36,7 +34,6 @@ def late(prompt, generated, completion):
         raise ValueError(f"no {generated!r}\\nnor any other")
     return 1.0
 """
-WORDS = ["red", "blue", "dog", "cat", "bird", "runs", "sleeps", "sings", "slowly", "over", "the", "a", "house", "river"]
 SETTINGS: dict[str, Any] = {"alpha": 8.0, "targets": "attention", "examples": 24, "rank": 4}
 
 
@@ -44,13 +41,7 @@ SETTINGS: dict[str, Any] = {"alpha": 8.0, "targets": "attention", "examples": 24
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny model and rows prepared for two metrics."""
     root = tmp_path_factory.mktemp("prepared")
-    rng = random.Random(1)
-
-    def words() -> str:
-        return " ".join(rng.choices(WORDS, k=rng.randint(2, 9)))
-
-    rows = [{"prompt": words() + " ->", "completion": " " + words()} for _ in range(60)]
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(root / "rows.jsonl")
     (root / "metric_of_mine.py").write_text(METRIC)
     subprocess.run([sys.executable, "-c", PREPARE, str(TRAINERS)], check=True, cwd=root)
     return root

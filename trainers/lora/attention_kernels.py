@@ -143,17 +143,10 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-@torch.library.custom_op("sweep::attention", mutates_args=())
-def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [heads, T, d], k and v [key heads, T, d]; returns out [T, heads, d] and the base-2 log-sum-exp [heads, T]."""
-    return _attend(q, k, v, blocks, scale)
-
-
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [heads, T, d], k and v [key heads, T, d]; returns out [T, heads, d] and the base-2 log-sum-exp [heads, T]."""
     q, k, v = _dense(q), _dense(k), _dense(v)
     heads, tokens, width = q.shape
     out = q.new_empty((tokens, heads, width))
@@ -165,27 +158,15 @@ def _attend(
     return out, lse
 
 
+attention = torch.library.custom_op("sweep::attention", _attend, mutates_args=())
+
+
 @attention.register_fake
 def _(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     heads, tokens, width = q.shape
     return q.new_empty((tokens, heads, width)), torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
-
-
-@torch.library.custom_op("sweep::attention_backward", mutates_args=())
-def attention_backward(
-    slope: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    blocks: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v, shaped as they are and laid out token by token; slope and out are [T, heads, d]."""
-    return _attend_backward(slope, q, k, v, out, lse, blocks, scale)
 
 
 def _attend_backward(
@@ -198,6 +179,7 @@ def _attend_backward(
     blocks: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, shaped as they are and laid out token by token; slope and out are [T, heads, d]."""
     q, k, v, slope = _dense(q), _dense(k), _dense(v), _dense(slope)
     heads, tokens, width = q.shape
     made, given = out.transpose(0, 1), slope.transpose(0, 1)
@@ -214,6 +196,9 @@ def _attend_backward(
         *_strides(q, k, v, given, dk), **_shape(q, k),
     )  # fmt: skip
     return dq, dk, dv
+
+
+attention_backward = torch.library.custom_op("sweep::attention_backward", _attend_backward, mutates_args=())
 
 
 @attention_backward.register_fake
