@@ -131,7 +131,7 @@ def _backward_key(
 def _shape(q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]:
     width = max(16, triton.next_power_of_2(q.shape[-1]))
     shape = {"SHARED": q.shape[0] // k.shape[0], "D": q.shape[-1], "WIDTH": width, "BLOCK": BLOCK}
-    return {**shape, "num_warps": 4, "num_stages": 2}
+    return {**shape, "num_warps": 4}
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:
@@ -153,7 +153,8 @@ def _attend(
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
     strides = _strides(q, k, v, out.transpose(0, 1))
     _forward[(blocks.shape[0], heads)](
-        q, k, v, out, lse, blocks, scale * LOG2_E, tokens, *strides, **_shape(q, k)
+        q, k, v, out, lse, blocks, scale * LOG2_E, tokens, *strides, **_shape(q, k),
+        num_stages=3 if width <= 64 else 1,
     )  # fmt: skip
     return out, lse
 
@@ -189,11 +190,11 @@ def _attend_backward(
     scales = scale * LOG2_E, scale
     _backward_query[(blocks.shape[0], heads)](
         q, k, v, made, lse, given, delta, dq, blocks, *scales, tokens,
-        *_strides(q, k, v, made, given, dq), **_shape(q, k),
+        *_strides(q, k, v, made, given, dq), **_shape(q, k), num_stages=2,
     )  # fmt: skip
     _backward_key[(blocks.shape[0], k.shape[0])](
         q, k, v, lse, given, delta, dk, dv, blocks, *scales, tokens,
-        *_strides(q, k, v, given, dk), **_shape(q, k),
+        *_strides(q, k, v, given, dk), **_shape(q, k), num_stages=2,
     )  # fmt: skip
     return dq, dk, dv
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from trainers.lora.bank import KINDS, Group
 from trainers.lora.dropout import FEATURE_STEP, GROUP_STEP
@@ -25,10 +26,24 @@ _COLUMNS = 6  # of Stream.table: copy and gradient by kind, rank by kind
 
 @triton.jit
 def _slot(table, slot, kind: tl.constexpr, gradient: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where the slot's buffer begins, and its padded rank, which is a multiple of 16."""
     row = table + slot * COLUMNS
     rank = tl.load(row + 4 + kind).to(tl.int32)
     address = tl.load(row + (2 if gradient else 0) + kind)
-    return address, rank
+    return address, tl.multiple_of(rank, 16)
+
+
+@triton.jit
+def _matrix_at(address, unit, rank, dtype: tl.constexpr):
+    """A matrix in a slot's buffer. It is aligned (the buffers are, and ranks), which the compiler can't know."""
+    return tl.multiple_of(address.to(tl.pointer_type(dtype)) + unit.to(tl.int64) * rank, 16)
+
+
+@triton.jit
+def _columns(components, rank, FIRST: tl.constexpr, RANK: tl.constexpr):
+    """Columns of s that hold rank components j * rank + i of joined linears; 16 neighbours stay neighbours."""
+    columns = FIRST + components // rank * RANK + components % rank
+    return tl.max_contiguous(tl.multiple_of(columns, 16), 16)
 
 
 @triton.jit
@@ -36,32 +51,39 @@ def _down(
     x, tiles, table, scales, s, unit, stride, parts,
     SIZE: tl.constexpr, FIRST: tl.constexpr, JOINED: tl.constexpr, RANK: tl.constexpr, N: tl.constexpr,
     KIND: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """s[t, FIRST + j * RANK + i] = scale * sum_k x[t, k] M[j * rank + i, k] for the tile's slot.
 
-    Program (tile, p) sums over STEPS blocks of k from p * STEPS on; p counts into `parts` elements of s.
+    Program (c, tile, p) does rows [c * N, c * N + N) of M and sums over STEPS blocks of k from p * STEPS on; p counts
+    into `parts` elements of s. WHOLE: these blocks end where k does.
     """
-    tile, part = tl.program_id(0), tl.program_id(1)
+    tile, part = tl.program_id(1), tl.program_id(2)
     start, end, slot = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
     address, rank = _slot(table, slot, KIND, False, COLUMNS)
-    if rank > 0 and end > start:
-        weights = address.to(tl.pointer_type(x.dtype.element_ty)) + unit.to(tl.int64) * rank
+    components = tl.program_id(0) * N + tl.arange(0, N)
+    if tl.program_id(0) * N < JOINED * rank and end > start:
+        weights = _matrix_at(address, unit, rank, x.dtype.element_ty)
         rows = start + tl.arange(0, BLOCK_T)
-        columns = tl.arange(0, N)
-        j, i = columns // RANK, columns % RANK
-        used = (j < JOINED) & (i < rank)
         inner = tl.arange(0, BLOCK_K)
-        left = x + rows[:, None].to(tl.int64) * SIZE + inner[None, :]
-        right = weights + (j * rank + i)[None, :].to(tl.int64) * SIZE + inner[:, None]
+        # What is read past the end is the last row or component once more, and is not written: no mask is needed.
+        left = x + tl.minimum(rows, end - 1)[:, None].to(tl.int64) * SIZE + inner[None, :]
+        right = weights + tl.minimum(components, JOINED * rank - 1)[None, :].to(tl.int64) * SIZE + inner[:, None]
         total = tl.zeros((BLOCK_T, N), dtype=tl.float32)
         for step in range(0, STEPS):
             k = (part * STEPS + step) * BLOCK_K
-            a = tl.load(left + k, mask=(rows < end)[:, None] & (inner + k < SIZE)[None, :], other=0.0)
-            b = tl.load(right + k, mask=used[None, :] & (inner + k < SIZE)[:, None], other=0.0)
+            if WHOLE:
+                a = tl.load(left + k)
+                b = tl.load(right + k)
+            else:
+                a = tl.load(left + k, mask=(inner + k < SIZE)[None, :], other=0.0)
+                b = tl.load(right + k, mask=(inner + k < SIZE)[:, None], other=0.0)
             total = tl.dot(a, b, total)
         total *= tl.load(scales + slot)
-        place = s + part.to(tl.int64) * parts + rows[:, None].to(tl.int64) * stride + FIRST + columns[None, :]
-        tl.store(place, total.to(s.dtype.element_ty), mask=(rows < end)[:, None] & used[None, :])
+        columns = _columns(components, rank, FIRST, RANK)
+        place = s + part.to(tl.int64) * parts + rows[:, None].to(tl.int64) * stride + columns[None, :]
+        mask = (rows < end)[:, None] & (components < JOINED * rank)[None, :]
+        tl.store(place, total.to(s.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -88,9 +110,25 @@ def _gathered(
 
 
 @triton.jit
+def _adapted(
+    total, s, weights, rows, outer, rank, stride,
+    SIZE: tl.constexpr, FIRST: tl.constexpr, JOINED: tl.constexpr, RANK: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """total + s[rows, FIRST + j * RANK + i] M[j * rank + i, outer] for rank components j * rank + i."""
+    # Ranks are multiples of 16, so a step lies in one linear's components and is full.
+    for c in range(0, JOINED * rank, 16):
+        columns = tl.multiple_of(FIRST + c // rank * RANK + c % rank, 16) + tl.arange(0, 16)
+        a = tl.load(s + rows[:, None].to(tl.int64) * stride + columns[None, :])
+        right = weights + (c + tl.arange(0, 16))[:, None].to(tl.int64) * SIZE + outer[None, :]
+        b = tl.load(right) if SIZE % BLOCK_N == 0 else tl.load(right, mask=(outer < SIZE)[None, :], other=0.0)
+        total = tl.dot(a, b, total)
+    return total
+
+
+@triton.jit
 def _up(
     s, tiles, table, bias, y, unit, stride,
-    SIZE: tl.constexpr, FIRST: tl.constexpr, JOINED: tl.constexpr, RANK: tl.constexpr, N: tl.constexpr,
+    SIZE: tl.constexpr, FIRST: tl.constexpr, JOINED: tl.constexpr, RANK: tl.constexpr,
     KIND: tl.constexpr, BIAS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y[t, n] = bias[n] + sum_ji s[t, FIRST + j * RANK + i] M[j * rank + i, n] for the tile's slot."""
@@ -102,15 +140,9 @@ def _up(
         outer = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         total = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
         if rank > 0:
-            weights = address.to(tl.pointer_type(s.dtype.element_ty)) + unit.to(tl.int64) * rank
-            columns = tl.arange(0, N)
-            j, i = columns // RANK, columns % RANK
-            used = (j < JOINED) & (i < rank)
-            left = s + rows[:, None].to(tl.int64) * stride + FIRST + columns[None, :]
-            a = tl.load(left, mask=(rows < end)[:, None] & used[None, :], other=0.0)
-            right = weights + (j * rank + i)[:, None].to(tl.int64) * SIZE + outer[None, :]
-            b = tl.load(right, mask=used[:, None] & (outer < SIZE)[None, :], other=0.0)
-            total = tl.dot(a, b, total)
+            weights = _matrix_at(address, unit, rank, s.dtype.element_ty)
+            read = tl.minimum(rows, end - 1)
+            total = _adapted(total, s, weights, read, outer, rank, stride, SIZE, FIRST, JOINED, RANK, BLOCK_N)
         if BIAS:
             total += tl.load(bias + outer, mask=outer < SIZE, other=0.0).to(tl.float32)[None, :]
         place = y + rows[:, None].to(tl.int64) * SIZE + outer[None, :]
@@ -119,20 +151,13 @@ def _up(
 
 @triton.jit
 def _product(
-    total, x, weights, rows, outer, end,
-    SIZE: tl.constexpr, TURNED: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    total, x, weights, row, column,
+    TURNED: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """total + x[rows, :K] M, for M [K, SIZE] as it is or turned (stored as [SIZE, K])."""
-    inner = tl.arange(0, BLOCK_K)
-    left = x + rows[:, None].to(tl.int64) * K + inner[None, :]
-    if TURNED:
-        right = weights + outer[None, :].to(tl.int64) * K + inner[:, None]
-    else:
-        right = weights + inner[:, None].to(tl.int64) * SIZE + outer[None, :]
+    """total + x[row:, :K] M[:, column:], for M as it is [K, SIZE] or turned (stored as [SIZE, K])."""
     for k in range(0, K, BLOCK_K):
-        a = tl.load(left + k, mask=(rows < end)[:, None] & (inner + k < K)[None, :], other=0.0)
-        here = right + (k if TURNED else k * SIZE)
-        b = tl.load(here, mask=(outer < SIZE)[None, :] & (inner + k < K)[:, None], other=0.0)
+        a = x.load([row, k])
+        b = weights.load([column, k]).T if TURNED else weights.load([k, column])
         total = tl.dot(a, b, total)
     return total
 
@@ -141,34 +166,32 @@ def _product(
 def _mixed(
     x0, x1, x2, w0, w1, w2, s, tiles, table, bias, y, unit, stride,
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, TURNED: tl.constexpr,
-    SIZE: tl.constexpr, FIRST: tl.constexpr, JOINED: tl.constexpr, RANK: tl.constexpr, N: tl.constexpr,
+    SIZE: tl.constexpr, FIRST: tl.constexpr, JOINED: tl.constexpr, RANK: tl.constexpr,
     KIND: tl.constexpr, BIAS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Base and adapters in one: y = bias + sum over up to three of x M + s L, L the tile's slot's rank components."""
+    """Base and adapters in one: y = bias + sum over up to three of x M + s L, L the tile's slot's rank components.
+
+    Each x and M is a tensor descriptor: Hopper's copy engine reads them, and gives zeros where they end. The rows that
+    a tile reads past its end are of other slots, and are not written.
+    """
     tile = tl.program_id(1)
     start, end, slot = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
     if end > start:
         address, rank = _slot(table, slot, KIND, False, COLUMNS)
-        rows = start + tl.arange(0, BLOCK_T)
-        outer = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        column = tl.program_id(0) * BLOCK_N
         total = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-        total = _product(total, x0, w0, rows, outer, end, SIZE, TURNED, K0, BLOCK_K)
+        total = _product(total, x0, w0, start, column, TURNED, K0, BLOCK_K)
         if K1 > 0:
-            total = _product(total, x1, w1, rows, outer, end, SIZE, TURNED, K1, BLOCK_K)
+            total = _product(total, x1, w1, start, column, TURNED, K1, BLOCK_K)
         if K2 > 0:
-            total = _product(total, x2, w2, rows, outer, end, SIZE, TURNED, K2, BLOCK_K)
+            total = _product(total, x2, w2, start, column, TURNED, K2, BLOCK_K)
+        rows = start + tl.arange(0, BLOCK_T)
+        outer = column + tl.arange(0, BLOCK_N)
         if rank > 0:
-            weights = address.to(tl.pointer_type(s.dtype.element_ty)) + unit.to(tl.int64) * rank
-            for c in range(0, N, BLOCK_C):
-                columns = c + tl.arange(0, BLOCK_C)
-                j, i = columns // RANK, columns % RANK
-                used = (j < JOINED) & (i < rank)
-                left = s + rows[:, None].to(tl.int64) * stride + FIRST + columns[None, :]
-                a = tl.load(left, mask=(rows < end)[:, None] & used[None, :], other=0.0)
-                right = weights + (j * rank + i)[:, None].to(tl.int64) * SIZE + outer[None, :]
-                b = tl.load(right, mask=used[:, None] & (outer < SIZE)[None, :], other=0.0)
-                total = tl.dot(a, b, total)
+            weights = _matrix_at(address, unit, rank, s.dtype.element_ty)
+            read = tl.minimum(rows, end - 1)
+            total = _adapted(total, s, weights, read, outer, rank, stride, SIZE, FIRST, JOINED, RANK, BLOCK_N)
         if BIAS:
             total += tl.load(bias + outer, mask=outer < SIZE, other=0.0).to(tl.float32)[None, :]
         place = y + rows[:, None].to(tl.int64) * SIZE + outer[None, :]
@@ -179,30 +202,35 @@ def _mixed(
 def _outer(
     s, x, bounds, table, unit, stride,
     SIZE: tl.constexpr, FIRST: tl.constexpr, JOINED: tl.constexpr, RANK: tl.constexpr, N: tl.constexpr,
-    KIND: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
+    KIND: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """gradient[j * rank + i, n] += sum_t s[t, FIRST + j * RANK + i] x[t, n] over a part of a slot's tokens."""
+    """gradient[j * rank + i, n] += sum_t s[t, FIRST + j * RANK + i] x[t, n] over a part of a slot's tokens.
+
+    Program (n * CHUNKS + c, slot, p) does N rows of the gradient from c * N on, and BLOCK_N columns.
+    """
     slot = tl.program_id(1)
     start, end = tl.load(bounds + slot * 2), tl.load(bounds + slot * 2 + 1)
     address, rank = _slot(table, slot, KIND, True, COLUMNS)
     share = tl.cdiv(tl.cdiv(end - start, BLOCK_T), PARTS) * BLOCK_T
     start += tl.program_id(2) * share
     end = tl.minimum(end, start + share)
-    if rank > 0 and end > start:
-        gradient = address.to(tl.pointer_type(tl.float32)) + unit.to(tl.int64) * rank
-        outer = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        columns = tl.arange(0, N)
-        j, i = columns // RANK, columns % RANK
-        used = (j < JOINED) & (i < rank)
+    chunk = tl.program_id(0) % CHUNKS
+    if chunk * N < JOINED * rank and end > start:
+        gradient = _matrix_at(address, unit, rank, tl.float32)
+        outer = tl.program_id(0) // CHUNKS * BLOCK_N + tl.arange(0, BLOCK_N)
+        components = chunk * N + tl.arange(0, N)
+        used = components < JOINED * rank
+        columns = _columns(components, rank, FIRST, RANK)
         total = tl.zeros((N, BLOCK_N), dtype=tl.float32)
         for t in range(start, end, BLOCK_T):
             rows = t + tl.arange(0, BLOCK_T)
-            left = s + rows[None, :].to(tl.int64) * stride + FIRST + columns[:, None]
+            left = s + rows[None, :].to(tl.int64) * stride + columns[:, None]
             a = tl.load(left, mask=used[:, None] & (rows < end)[None, :], other=0.0)
-            right = x + rows[:, None].to(tl.int64) * SIZE + outer[None, :]
-            b = tl.load(right, mask=(rows < end)[:, None] & (outer < SIZE)[None, :], other=0.0)
+            right = x + tl.minimum(rows, end - 1)[:, None].to(tl.int64) * SIZE + outer[None, :]
+            b = tl.load(right) if SIZE % BLOCK_N == 0 else tl.load(right, mask=(outer < SIZE)[None, :], other=0.0)
             total = tl.dot(a, b, total)
-        place = gradient + (j * rank + i)[:, None].to(tl.int64) * SIZE + outer[None, :]
+        place = gradient + components[:, None].to(tl.int64) * SIZE + outer[None, :]
         mask = used[:, None] & (outer < SIZE)[None, :]
         if PARTS == 1:
             tl.store(place, tl.load(place, mask=mask, other=0.0) + total, mask=mask)
@@ -241,37 +269,35 @@ def _matrix(group: Group, member: int | None) -> tuple[int, int, int]:
     return group.seconds[member], group.outputs[member], 1
 
 
-def _width(joined: int, rank: int) -> int:
-    return max(16, triton.next_power_of_2(joined * rank))
-
-
 def down(x: torch.Tensor, stream: Stream, group: Group, member: int | None, s: torch.Tensor) -> torch.Tensor:
     """Projects x [T, features] onto the rank components of A (member None) or of one B, scaled, into s; returns s.
 
     s is [T, J * rank]; a member's columns begin at member * rank.
     """
     unit, size, joined = _matrix(group, member)
-    n = _width(joined, stream.rank)
     tiles = stream.tiles.shape[0]
-    block_k, warps, stages = (128, 4, 3) if n <= 64 else (64, 4, 4) if n <= 128 else (64, 8, 4)
+    few = tiles <= PROGRAMS
+    n = min(64 if few else 32, triton.next_power_of_2(joined * stream.rank))
+    block_k = 64
     blocks = triton.cdiv(size, block_k)
     # Few tiles, or long rows, would leave most of the chip idle: several programs share the sum over a tile's features.
     wanted = triton.cdiv(2 * PROGRAMS, tiles) if size >= 2048 else PROGRAMS // tiles
     parts = max(1, min(wanted, blocks // 4, 8))
     steps = triton.cdiv(blocks, parts)
     parts = triton.cdiv(blocks, steps)
-    shape = {"JOINED": joined, "RANK": stream.rank, "N": n, "KIND": KINDS.index(group.kind), "COLUMNS": _COLUMNS}
+    shape = {"JOINED": joined, "RANK": stream.rank, "KIND": KINDS.index(group.kind), "COLUMNS": _COLUMNS}
     first = (member or 0) * stream.rank
     partial = s if parts == 1 else torch.empty((parts, s.shape[0], joined * stream.rank), device=s.device)
-    _down[(tiles, parts)](
+    _down[(triton.cdiv(joined * stream.rank, n), tiles, parts)](
         x, stream.tiles, stream.table, stream.scales, partial, unit, partial.shape[-1], partial.stride(0),
-        SIZE=size, FIRST=first if parts == 1 else 0, BLOCK_T=BLOCK_T, BLOCK_K=block_k, STEPS=steps, **shape,
-        num_warps=warps, num_stages=stages,
+        SIZE=size, FIRST=first if parts == 1 else 0, N=n, BLOCK_T=BLOCK_T, BLOCK_K=block_k, STEPS=steps,
+        WHOLE=parts * steps * block_k == size, **shape, num_warps=8 if few else 4, num_stages=4,
     )  # fmt: skip
     if parts > 1:
+        n = triton.next_power_of_2(joined * stream.rank)
         _gathered[(tiles,)](
             partial, stream.tiles, stream.table, s, s.shape[1], partial.stride(0),
-            FIRST=first, BLOCK_T=BLOCK_T, PARTS=parts, **shape, num_warps=4,
+            FIRST=first, N=n, BLOCK_T=BLOCK_T, PARTS=parts, **shape, num_warps=4,
         )  # fmt: skip
     return s
 
@@ -280,13 +306,12 @@ def up(s: torch.Tensor, stream: Stream, group: Group, member: int | None, bias: 
     """Maps rank components back: through B of one linear, with its bias, or through A of the group (member None)."""
     unit, size, joined = _matrix(group, member)
     y = s.new_empty((s.shape[0], size))
-    n = _width(joined, stream.rank)
-    block, warps = (256, 8) if n > 128 else (128, 4)
+    block = 64
     _up[(triton.cdiv(size, block), stream.wide.shape[0])](
         s, stream.wide, stream.table, y if bias is None else bias, y, unit, s.shape[1],
-        SIZE=size, FIRST=(member or 0) * stream.rank, JOINED=joined, RANK=stream.rank, N=n,
+        SIZE=size, FIRST=(member or 0) * stream.rank, JOINED=joined, RANK=stream.rank,
         KIND=KINDS.index(group.kind), BIAS=bias is not None, COLUMNS=_COLUMNS, BLOCK_T=WIDE, BLOCK_N=block,
-        num_warps=warps, num_stages=1,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     return y
 
@@ -309,37 +334,47 @@ def mixed(
     y = s.new_empty((s.shape[0], size))
     spare = 3 - len(xs)
     inner = [x.shape[1] for x in xs] + [0] * spare
-    n = _width(joined, stream.rank)
-    block, warps = (256, 8) if size > 1024 else (128, 4)
+    block, warps, stages = (256, 8, 4) if max(inner) > 1024 else (128, 4, 3)
+    block_k = 64
+    left = [TensorDescriptor.from_tensor(x, [WIDE, block_k]) for x in xs]
+    box = [block, block_k] if turned else [block_k, block]
+    right = [TensorDescriptor.from_tensor(weight, box) for weight in weights]
     _mixed[(triton.cdiv(size, block), stream.wide.shape[0])](
-        *xs, *xs[:1] * spare, *weights, *weights[:1] * spare,
+        *left, *left[:1] * spare, *right, *right[:1] * spare,
         s, stream.wide, stream.table, y if bias is None else bias, y, unit, s.shape[1],
         K0=inner[0], K1=inner[1], K2=inner[2], TURNED=turned,
-        SIZE=size, FIRST=(member or 0) * stream.rank, JOINED=joined, RANK=stream.rank, N=n,
+        SIZE=size, FIRST=(member or 0) * stream.rank, JOINED=joined, RANK=stream.rank,
         KIND=KINDS.index(group.kind), BIAS=bias is not None, COLUMNS=_COLUMNS, BLOCK_T=WIDE, BLOCK_N=block,
-        BLOCK_K=64, BLOCK_C=min(n, 64), num_warps=warps, num_stages=3,
+        BLOCK_K=block_k, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y
 
 
-def short(sizes: list[int]) -> bool:
-    """Whether `mixed` beats the library for rows of these sizes: measured on an H100 (docs/log.md)."""
-    return len(sizes) <= 3 and sum(sizes) <= (2048 if len(sizes) == 3 else 1024)
+def better_mixed(xs: list[torch.Tensor], weights: list[torch.Tensor], turned: bool) -> bool:
+    """Whether `mixed` beats `up` and the library's products for these: measured on an H100 (docs/log.md)."""
+    tensors = [*xs, *weights]
+    # What the copy engine reads begins at a multiple of 16 bytes, and so does every row.
+    aligned = all(t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0 for t in tensors)
+    inner, size = sum(x.shape[1] for x in xs), weights[0].shape[0 if turned else 1]
+    if len(xs) > 3 or not aligned:
+        return False
+    return inner <= 1024 or (inner <= 2048 and (not turned or 1024 <= size <= 2048))
 
 
 def outer(s: torch.Tensor, x: torch.Tensor, stream: Stream, group: Group, member: int | None) -> None:
     """Adds s^T x, slot by slot, to the gradient of A of the group (member None) or of B of one linear."""
     unit, size, joined = _matrix(group, member)
-    n = _width(joined, stream.rank)
-    tokens, block, warps = (128, 128, 8) if n > 128 else (64, 128, 4)
+    tokens, block = 64, 128
+    n = min(64, triton.next_power_of_2(joined * stream.rank))
+    chunks = triton.cdiv(joined * stream.rank, n)
     blocks = triton.cdiv(size, block)
     busy = max(1, min(stream.bounds.shape[0], x.shape[0] // TYPICAL))
-    parts = max(1, min(2 * PROGRAMS // (blocks * busy), 2 if n > 128 else 4))
-    _outer[(blocks, stream.bounds.shape[0], parts)](
+    parts = max(1, min(2 * PROGRAMS // (blocks * busy), 4))
+    _outer[(blocks * chunks, stream.bounds.shape[0], parts)](
         s, x, stream.bounds, stream.table, unit, s.shape[1],
         SIZE=size, FIRST=(member or 0) * stream.rank, JOINED=joined, RANK=stream.rank, N=n,
-        KIND=KINDS.index(group.kind), COLUMNS=_COLUMNS, BLOCK_T=tokens, BLOCK_N=block, PARTS=parts,
-        num_warps=warps, num_stages=3,
+        KIND=KINDS.index(group.kind), COLUMNS=_COLUMNS, BLOCK_T=tokens, BLOCK_N=block, CHUNKS=chunks, PARTS=parts,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
 
 

@@ -206,7 +206,7 @@ def _forward_cuda(packed: PackedGroup, x: torch.Tensor, rank: int) -> tuple[list
     for member, linear in enumerate(group.linears):
         # The adapters' part first: the big product then adds to it while it computes, where a pass of its own over
         # y would be bound by memory.
-        if packed.plain and kernels.short([group.inputs]):
+        if packed.plain and kernels.better_mixed([x], [linear.weight], True):
             ys.append(kernels.mixed([x], [linear.weight], True, s, stream, group, member, linear.bias))
             continue
         y = kernels.up(s, stream, group, member, linear.bias if packed.plain else None)
@@ -225,15 +225,15 @@ def _backward_cuda(packed: PackedGroup, grads: list[torch.Tensor], x: torch.Tens
         kernels.down(grad, stream, group, member, slopes)
         kernels.outer(s, grad, stream, group, member)
     kernels.outer(slopes, kernels.dropped(x, stream, group) if stream.dropout else x, stream, group, None)
-    if packed.plain and not stream.dropout and kernels.short(group.outputs):
-        weights = [linear.weight for linear in group.linears]
+    weights = [linear.weight for linear in group.linears]
+    if packed.plain and not stream.dropout and kernels.better_mixed(grads, weights, False):
         return kernels.mixed(grads, weights, False, slopes, stream, group, None, None)
     dx = kernels.up(slopes, stream, group, None, None)
     if stream.dropout:
         dx = kernels.dropped(dx, stream, group)
     if packed.plain:
-        for grad, linear in zip(grads, group.linears, strict=True):
-            dx.addmm_(grad, linear.weight)
+        for grad, weight in zip(grads, weights, strict=True):
+            dx.addmm_(grad, weight)
     return dx
 
 
