@@ -9,6 +9,8 @@ s and its gradient past a slot's rank are neither written nor read.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -350,13 +352,19 @@ def mixed(
     return y
 
 
+@functools.cache
+def _copies_in_blocks() -> bool:
+    """Whether the GPU reads tensor descriptors itself; to others they are reads of single elements."""
+    return bool(triton.knobs.runtime.interpret) or triton.runtime.driver.active.get_current_target().arch >= 90
+
+
 def better_mixed(xs: list[torch.Tensor], weights: list[torch.Tensor], turned: bool) -> bool:
     """Whether `mixed` beats `up` and the library's products for these: measured on an H100 (docs/log.md)."""
     tensors = [*xs, *weights]
     # What the copy engine reads begins at a multiple of 16 bytes, and so does every row.
     aligned = all(t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0 for t in tensors)
     inner, size = sum(x.shape[1] for x in xs), weights[0].shape[0 if turned else 1]
-    if len(xs) > 3 or not aligned:
+    if len(xs) > 3 or not aligned or not _copies_in_blocks():
         return False
     return inner <= 1024 or (inner <= 2048 and (not turned or 1024 <= size <= 2048))
 
