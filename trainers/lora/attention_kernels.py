@@ -14,8 +14,6 @@ import torch
 import triton
 import triton.language as tl
 
-from trainers.lora.stream import BLOCK
-
 LOG2_E = 1.4426950408889634
 
 
@@ -28,22 +26,22 @@ def _tile(base, rows, dims, step, limit, D: tl.constexpr):
 @triton.jit
 def _forward(
     q, k, v, out, lse, blocks, scale, tokens, q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h,
-    SHARED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    SHARED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """out and lse (base 2) of one block of queries and one head; SHARED query heads read one key head."""
+    """out and lse (base 2) of OUTER queries of one head; SHARED query heads read one key head."""
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first, last = tl.load(blocks + block * 3), tl.load(blocks + block * 3 + 1)
     begin = tl.load(blocks + block * 3 + 2)
-    if last > begin:
+    if last > begin and (begin - first) % OUTER == 0:
         k += (head // SHARED) * k_h
         v += (head // SHARED) * v_h
-        rows, dims = begin + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+        rows, dims = begin + tl.arange(0, OUTER), tl.arange(0, WIDTH)
         query = _tile(q + head * q_h, rows, dims, q_t, last, D)
-        top = tl.full((BLOCK,), -float("inf"), dtype=tl.float32)
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
-        sums = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
-        for at in range(first, tl.minimum(begin + BLOCK, last), BLOCK):
-            columns = at + tl.arange(0, BLOCK)
+        top = tl.full((OUTER,), -float("inf"), dtype=tl.float32)
+        total = tl.zeros((OUTER,), dtype=tl.float32)
+        sums = tl.zeros((OUTER, WIDTH), dtype=tl.float32)
+        for at in range(first, tl.minimum(begin + OUTER, last), INNER):
+            columns = at + tl.arange(0, INNER)
             score = tl.dot(query, tl.trans(_tile(k, columns, dims, k_t, last, D))) * scale
             score = tl.where((rows[:, None] >= columns[None, :]) & (columns < last)[None, :], score, -float("inf"))
             higher = tl.maximum(top, tl.max(score, axis=1))
@@ -62,55 +60,56 @@ def _forward(
 def _backward_query(
     q, k, v, out, lse, slope, delta, dq, blocks, scale, natural, tokens,
     q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, s_t, s_h, d_t, d_h,
-    SHARED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    SHARED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one block of queries of one head, and delta = sum(slope * out) for the other kernel."""
+    """The gradient of OUTER queries of one head, and delta = sum(slope * out) for the other kernel."""
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first, last = tl.load(blocks + block * 3), tl.load(blocks + block * 3 + 1)
     begin = tl.load(blocks + block * 3 + 2)
-    if last > begin:
+    if last > begin and (begin - first) % OUTER == 0:
         k += (head // SHARED) * k_h
         v += (head // SHARED) * v_h
-        rows, dims = begin + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+        rows, dims = begin + tl.arange(0, OUTER), tl.arange(0, WIDTH)
         query = _tile(q + head * q_h, rows, dims, q_t, last, D)
         given = _tile(slope + head * s_h, rows, dims, s_t, last, D)
         made = _tile(out + head * o_h, rows, dims, o_t, last, D)
         both = tl.sum(given.to(tl.float32) * made.to(tl.float32), axis=1)
         tl.store(delta + head * tokens + rows, both, mask=rows < last)
         level = tl.load(lse + head * tokens + rows, mask=rows < last, other=0.0)
-        sums = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
-        for at in range(first, tl.minimum(begin + BLOCK, last), BLOCK):
-            columns = at + tl.arange(0, BLOCK)
+        sums = tl.zeros((OUTER, WIDTH), dtype=tl.float32)
+        for at in range(first, tl.minimum(begin + OUTER, last), INNER):
+            columns = at + tl.arange(0, INNER)
             key = _tile(k, columns, dims, k_t, last, D)
             score = tl.dot(query, tl.trans(key)) * scale
             seen = (rows[:, None] >= columns[None, :]) & (columns < last)[None, :]
             weight = tl.where(seen, tl.exp2(score - level[:, None]), 0.0)
             change = tl.dot(given, tl.trans(_tile(v, columns, dims, v_t, last, D)))
-            change = weight * (change - both[:, None]) * natural
+            change = weight * (change - both[:, None])
             sums = tl.dot(change.to(k.dtype.element_ty), key, sums)
         place = dq + head * d_h + rows[:, None].to(tl.int64) * d_t + dims[None, :]
-        tl.store(place, sums.to(dq.dtype.element_ty), mask=(rows < last)[:, None] & (dims < D)[None, :])
+        tl.store(place, (sums * natural).to(dq.dtype.element_ty), mask=(rows < last)[:, None] & (dims < D)[None, :])
 
 
 @triton.jit
 def _backward_key(
     q, k, v, lse, slope, delta, dk, dv, blocks, scale, natural, tokens,
     q_t, q_h, k_t, k_h, v_t, v_h, s_t, s_h, d_t, d_h,
-    SHARED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    SHARED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of one block of keys and values of one key head, over the query heads that share it."""
+    """The gradients of OUTER keys and values of one key head, over the query heads that share it."""
     block, shared = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    last, begin = tl.load(blocks + block * 3 + 1), tl.load(blocks + block * 3 + 2)
-    if last > begin:
-        columns, dims = begin + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    first, last = tl.load(blocks + block * 3), tl.load(blocks + block * 3 + 1)
+    begin = tl.load(blocks + block * 3 + 2)
+    if last > begin and (begin - first) % OUTER == 0:
+        columns, dims = begin + tl.arange(0, OUTER), tl.arange(0, WIDTH)
         key = _tile(k + shared * k_h, columns, dims, k_t, last, D)
         value = _tile(v + shared * v_h, columns, dims, v_t, last, D)
-        for_key = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
-        for_value = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
+        for_key = tl.zeros((OUTER, WIDTH), dtype=tl.float32)
+        for_value = tl.zeros((OUTER, WIDTH), dtype=tl.float32)
         for member in range(0, SHARED):
             head = shared * SHARED + member
-            for at in range(begin, last, BLOCK):
-                rows = at + tl.arange(0, BLOCK)
+            for at in range(begin, last, INNER):
+                rows = at + tl.arange(0, INNER)
                 query = _tile(q + head * q_h, rows, dims, q_t, last, D)
                 given = _tile(slope + head * s_h, rows, dims, s_t, last, D)
                 level = tl.load(lse + head * tokens + rows, mask=rows < last, other=0.0)
@@ -120,18 +119,27 @@ def _backward_key(
                 weight = tl.where(seen, tl.exp2(score - level[None, :]), 0.0)
                 for_value = tl.dot(weight.to(v.dtype.element_ty), given, for_value)
                 change = tl.dot(value, tl.trans(given))
-                change = weight * (change - both[None, :]) * natural
+                change = weight * (change - both[None, :])
                 for_key = tl.dot(change.to(q.dtype.element_ty), query, for_key)
         place = shared * d_h + columns[:, None].to(tl.int64) * d_t + dims[None, :]
         mask = (columns < last)[:, None] & (dims < D)[None, :]
-        tl.store(dk + place, for_key.to(dk.dtype.element_ty), mask=mask)
+        tl.store(dk + place, (for_key * natural).to(dk.dtype.element_ty), mask=mask)
         tl.store(dv + place, for_value.to(dv.dtype.element_ty), mask=mask)
 
 
-def _shape(q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]:
+# OUTER, INNER, warps and stages that were fastest on an H100 (docs/log.md), for heads of at most 64 features and wider.
+SHAPES = {
+    "forward": ((64, 32, 4, 3), (64, 32, 4, 3)),
+    "query": ((64, 32, 4, 3), (64, 32, 4, 2)),
+    "key": ((64, 32, 4, 1), (64, 32, 4, 2)),
+}
+
+
+def _shape(q: torch.Tensor, k: torch.Tensor, kernel: str) -> dict[str, Any]:
     width = max(16, triton.next_power_of_2(q.shape[-1]))
-    shape = {"SHARED": q.shape[0] // k.shape[0], "D": q.shape[-1], "WIDTH": width, "BLOCK": BLOCK}
-    return {**shape, "num_warps": 4}
+    outer, inner, warps, stages = SHAPES[kernel][width > 64]
+    shape = {"SHARED": q.shape[0] // k.shape[0], "D": q.shape[-1], "WIDTH": width, "OUTER": outer, "INNER": inner}
+    return {**shape, "num_warps": warps, "num_stages": stages}
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:
@@ -153,8 +161,7 @@ def _attend(
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
     strides = _strides(q, k, v, out.transpose(0, 1))
     _forward[(blocks.shape[0], heads)](
-        q, k, v, out, lse, blocks, scale * LOG2_E, tokens, *strides, **_shape(q, k),
-        num_stages=3 if width <= 64 else 1,
+        q, k, v, out, lse, blocks, scale * LOG2_E, tokens, *strides, **_shape(q, k, "forward"),
     )  # fmt: skip
     return out, lse
 
@@ -190,11 +197,11 @@ def _attend_backward(
     scales = scale * LOG2_E, scale
     _backward_query[(blocks.shape[0], heads)](
         q, k, v, made, lse, given, delta, dq, blocks, *scales, tokens,
-        *_strides(q, k, v, made, given, dq), **_shape(q, k), num_stages=2,
+        *_strides(q, k, v, made, given, dq), **_shape(q, k, "query"),
     )  # fmt: skip
     _backward_key[(blocks.shape[0], k.shape[0])](
         q, k, v, lse, given, delta, dk, dv, blocks, *scales, tokens,
-        *_strides(q, k, v, given, dk), **_shape(q, k), num_stages=2,
+        *_strides(q, k, v, given, dk), **_shape(q, k, "key"),
     )  # fmt: skip
     return dq, dk, dv
 
