@@ -20,7 +20,7 @@ class Funds:
     micros_per_hour: int
     spent_now: int  # what the machine has cost up to now, settled or not
     prepaid_ms: int  # training time that open holds already pay for
-    overhead: int  # what is forecast beyond trials: a load, if a worker has yet to start
+    overhead: int  # what is forecast beyond trials and not held: a load, if a worker has yet to start
     finish_seconds: float = 0.0  # from the leading trial's next decision to its end
 
     @property
@@ -41,10 +41,11 @@ def funds(
         overhead = cost_micros(micros_per_hour, round(load_seconds * 1000))
         return Funds(balances, micros_per_hour, balances.spent, 0, overhead)
     used = worker.tariff.cost(max(now_ms, 0)) - worker.tariff.cost(worker.settled_ms)
-    loading = worker.state != "ready"
-    overhead = cost_micros(micros_per_hour, max(round(load_seconds * 1000) - now_ms, 0)) if loading else 0
-    prepaid = max(worker.work_ms - now_ms, 0)
-    return Funds(balances, micros_per_hour, balances.spent + max(used, 0), prepaid, overhead)
+    # A worker that is loading does so in the time that its first hold pays for; what is left of that is for trials.
+    loading_ms = 0 if worker.state == "ready" else max(round(load_seconds * 1000) - now_ms, 0)
+    prepaid_ms = max(worker.work_ms - now_ms, 0)
+    overhead = cost_micros(micros_per_hour, max(loading_ms - prepaid_ms, 0))
+    return Funds(balances, micros_per_hour, balances.spent + max(used, 0), max(prepaid_ms - loading_ms, 0), overhead)
 
 
 def finish_seconds(trials: Sequence[TrialRow], results: Results, projector: Projector, eta: int) -> float:

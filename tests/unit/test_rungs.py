@@ -15,7 +15,7 @@ from sweep import plan, records, rungs, triage
 from sweep.errors import SpecError
 from sweep.pricing import Quote
 from sweep.projection import Plan, Projector
-from sweep.records import TrialRow
+from sweep.records import TrialRow, WorkerRow
 from sweep.rungs import Results
 from sweep.spec import SearchSpec, Spec
 from trainers.messages import TrialConfig
@@ -90,6 +90,36 @@ def test_triage_prunes_the_least_promising_until_it_fits() -> None:
     poor = money(end - 1, 0)
     assert len(triage.triage(poor, rows, results, projector, 2)) == 3
     assert "its end is forecast at" in triage.triage(poor, rows, results, projector, 2)[0][1]
+
+
+def loading(paid_ms: int, state: str = "intended") -> WorkerRow:
+    """A worker of which nothing was heard yet, paid up to here."""
+    tariff = Tariff.flat(3_600_000_000)
+    return WorkerRow(
+        id="s:w001", ordinal=1, state=state, folder="", hold="", slice=1, final=False, micros_per_hour=tariff.now,
+        tariff=tariff, origin_boot_ms=0, boot_id="", paid_ms=paid_ms, work_ms=paid_ms, settled_ms=0, settled_usage={},
+        at_ms=0, usage={}, offset=0, slots={}, device=None, load_ms=None, exit_code=None, why="", occupancy=None,
+    )  # fmt: skip
+
+
+def test_a_load_that_is_held_is_not_counted_twice() -> None:
+    """Proves that a worker's first hold pays for its load: with the cap all held, nobody is pruned while it loads.
+
+    On a GPU the first hold is generous, and the load was counted beside it: every trial was pruned at the worker's
+    first word.
+    """
+    balances = Balances(600_000, 0, 600_000, 0, 0, 0, False, {})
+    rows, projector = [trial(0, state="waiting")], Projector(PLAN, 10_000_000, "cpu", 2)
+    needed = round(1000 * projector.to_target(rows[0]).mean)
+    funds = triage.funds(balances, 3_600_000_000, loading(600_000), now_ms=40_000, load_seconds=100.0)
+    assert (funds.prepaid_ms, funds.overhead) == (600_000 - 100_000, 0)
+    assert needed < funds.prepaid_ms
+    assert triage.projected_spend(funds, rows, projector) == 600_000
+    assert triage.triage(funds, rows, Results([]), projector, 2) == []
+    short = triage.funds(balances, 3_600_000_000, loading(60_000), now_ms=40_000, load_seconds=100.0)
+    assert (short.prepaid_ms, short.overhead) == (0, 40_000), "what the hold does not cover is still to be paid"
+    ready = triage.funds(balances, 3_600_000_000, loading(600_000, "ready"), now_ms=40_000, load_seconds=100.0)
+    assert (ready.prepaid_ms, ready.overhead) == (560_000, 0)
 
 
 def test_promise_orders_across_rungs() -> None:

@@ -125,13 +125,13 @@ class GpuRunner:
             self.recover()  # what the graphs hold is wanted by whoever comes next
         if slot is not None and padded(slot.rank) > self._rank:
             self._rank = 1 << (padded(slot.rank) - 1).bit_length()
-            self._frames.clear()
+            self._forget()
 
     def reach(self, longest: int) -> None:
         """Makes sure that examples of so many tokens can be run: others than those of training may be longer."""
         if longest > self._longest:
             self._longest = -(-longest // 128) * 128
-            self._frames.clear()
+            self._forget()
 
     def load(self, split: Split, parts: Sequence[Part]) -> tuple[Stream, Targets]:
         """Lays the parts out on the device, in the frame of their shape."""
@@ -275,8 +275,13 @@ class GpuRunner:
     def recover(self) -> None:
         """Forgets a forward that came to nothing, and gives its memory back."""
         self._hidden = self._graph = None
-        self._frames.clear()
+        self._forget()
         torch.cuda.empty_cache()
+
+    def _forget(self) -> None:
+        """Drops all frames and their graphs. A pool whose last graph is gone can take no other."""
+        self._frames.clear()
+        self._pool = torch.cuda.graph_pool_handle()
 
     def _body(self, stream: Stream, training: bool) -> torch.Tensor:
         with self.engaged():
