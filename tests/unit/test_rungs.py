@@ -94,7 +94,7 @@ def test_triage_prunes_the_least_promising_until_it_fits() -> None:
 
 def loading(paid_ms: int, state: str = "intended") -> WorkerRow:
     """A worker of which nothing was heard yet, paid up to here."""
-    tariff = Tariff.flat(3_600_000_000)
+    tariff = Tariff.flat(3_600_000)
     return WorkerRow(
         id="s:w001", ordinal=1, state=state, folder="", hold="", slice=1, final=False, micros_per_hour=tariff.now,
         tariff=tariff, origin_boot_ms=0, boot_id="", paid_ms=paid_ms, work_ms=paid_ms, settled_ms=0, settled_usage={},
@@ -111,14 +111,14 @@ def test_a_load_that_is_held_is_not_counted_twice() -> None:
     balances = Balances(600_000, 0, 600_000, 0, 0, 0, False, {})
     rows, projector = [trial(0, state="waiting")], Projector(PLAN, 10_000_000, "cpu", 2)
     needed = round(1000 * projector.to_target(rows[0]).mean)
-    funds = triage.funds(balances, 3_600_000_000, loading(600_000), now_ms=40_000, load_seconds=100.0)
+    funds = triage.funds(balances, 3_600_000, loading(600_000), now_ms=40_000, load_seconds=100.0)
     assert (funds.prepaid_ms, funds.overhead) == (600_000 - 100_000, 0)
     assert needed < funds.prepaid_ms
     assert triage.projected_spend(funds, rows, projector) == 600_000
     assert triage.triage(funds, rows, Results([]), projector, 2) == []
-    short = triage.funds(balances, 3_600_000_000, loading(60_000), now_ms=40_000, load_seconds=100.0)
+    short = triage.funds(balances, 3_600_000, loading(60_000), now_ms=40_000, load_seconds=100.0)
     assert (short.prepaid_ms, short.overhead) == (0, 40_000), "what the hold does not cover is still to be paid"
-    ready = triage.funds(balances, 3_600_000_000, loading(600_000, "ready"), now_ms=40_000, load_seconds=100.0)
+    ready = triage.funds(balances, 3_600_000, loading(600_000, "ready"), now_ms=40_000, load_seconds=100.0)
     assert (ready.prepaid_ms, ready.overhead) == (560_000, 0)
 
 
