@@ -13,6 +13,7 @@ from sweep.projection import Projector
 from sweep.records import Study, TrialRow, WorkerRow
 from sweep.rungs import Policy, Results
 from sweep.store import Store
+from trainers.messages import Method
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Current:
     trials: list[TrialRow]  # of the search
     results: Results  # of these
     confirmations: list[TrialRow]
+    finales: list[TrialRow]
     examined: bool  # whether the untrained model's scores are known
     worker: WorkerRow | None  # that lives
     slots: int
@@ -31,11 +33,12 @@ class Current:
     @property
     def everyone(self) -> list[TrialRow]:
         """All that may sit in a slot."""
-        return [*self.trials, *self.confirmations]
+        return [*self.trials, *self.confirmations, *self.finales]
 
     def race(self, study: Study, projector: Projector) -> Race:
         """The race as it stands."""
-        return Race(study, self.trials, self.confirmations, projector, {"lora": self.slots, "full": 1}, self.examined)
+        seats: dict[Method, int] = {"lora": self.slots, "full": 1}
+        return Race(study, self.trials, self.confirmations, self.finales, projector, seats, self.examined)
 
     @property
     def anybody_runs(self) -> bool:
@@ -56,6 +59,7 @@ def read(store: Store, study: Study, policy: Policy | None) -> Current:
         trials=records.searched(trials),
         results=Results.of_search(rows, policy),
         confirmations=records.confirmations(trials),
+        finales=records.finales(trials),
         examined=examined,
         worker=next((worker for worker in workers if worker.state != "ended"), None),
         slots=seats.slots(study, workers),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from budgets.ledger import Ledger
 from budgets.money import usd
-from sweep import current, endgame, feasibility, pricing, records, rungs, seats, space, tables, telling, triage
+from sweep import current, endgame, feasibility, finale, pricing, records, rungs, seats, space, tables, telling, triage
 from sweep.apply import apply
 from sweep.current import Current
 from sweep.endgame import Race
@@ -337,17 +337,15 @@ class Sweep:
         return begun
 
     def _confirm(self) -> bool:
-        """Lets the next runs of the race begin; False if none is left that can be paid and is worth it."""
-        if self.study.phase != "endgame" or not self.study.spec.endgame.seeds:
+        """Lets the next runs of the endgame begin; False if none is left that can be paid and is worth it."""
+        if self.study.phase != "endgame" or not self.study.spec.endgame.trains:
             return False
         race, left = self._race()
-        chosen = race.next(left)
-        if chosen:
-            endgame.start(self.store, race, chosen)
-        elif not self._now().anybody_runs and not self._said:
-            endgame.say_end(self.store, race, left)
+        begun = finale.go_on(self.store, race, left, alone=not self._now().anybody_runs)
+        if not (begun or self._said or self._now().anybody_runs):
+            finale.say_end(self.store, race, left)
             self._said = True
-        return bool(chosen)
+        return begun
 
     def _seat(self, *, filled: bool) -> None:
         """Gives free slots to those who wait longest and tells the worker, before anything slower is done."""
@@ -387,7 +385,7 @@ class Sweep:
 
         The best go first, as many as share the machine.
         """
-        confirms = self.study.phase == "endgame" and self.study.spec.endgame.seeds > 0
+        confirms = self.study.phase == "endgame" and self.study.spec.endgame.trains
         if self._now().anybody_runs or (confirms and any(t.state == "completed" for t in trials)):
             return False  # with one at its end, what is left is for confirmation
         promoted: list[TrialRow] = []

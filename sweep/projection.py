@@ -127,8 +127,8 @@ class Projector:
         self.forecast.observe(self._piece("checkpoint", config.method), 1, row.checkpoint_ms / 1000)
         if row.examine_ms:
             self.forecast.observe(self._reading(), self._examined(_confirms(config)), row.examine_ms / 1000)
-        if row.full_loss is not None:  # at its end; all trials of a study train on the same examples
-            self._run_tokens = row.tokens
+        if row.full_loss is not None:  # at its end; all trials of a study train on the same examples, but for a finale
+            self._run_tokens = round(row.tokens * self.plan.examples / config.examples)
 
     def observe_load(self, ms: int) -> None:
         """Learns how long a worker took to get ready."""
@@ -225,8 +225,9 @@ class Projector:
     def _restore(self, trial: TrialRow) -> Seconds:
         return self.forecast.seconds(self._piece("restore", trial.config.method))
 
-    def _until(self, target: int) -> int:
-        return self.plan.until(target) or self._run_tokens
+    def _until(self, target: int, config: TrialConfig) -> int:
+        # A finale may be longer than the longest run of the search.
+        return self.plan.until(target) or round(self._run_tokens * config.examples / self.plan.examples)
 
     def _next(self, trial: TrialRow) -> list[Piece]:
         return self._seat(trial) + self._to_rung(trial, trial.target)
@@ -239,13 +240,13 @@ class Projector:
         return self._way(trial.config, trial.tokens, target, target, self.width)
 
     def _beyond(self, config: TrialConfig, rung: int) -> list[Piece]:
-        return self._way(config, self._until(rung), rung + 1, self.plan.last, 1.0)
+        return self._way(config, self._until(rung, config), rung + 1, self.plan.last, 1.0)
 
     def _way(self, config: TrialConfig, tokens: int, first: int, last: int, width: float) -> list[Piece]:
         """Training from `tokens` on through the rungs from `first` to `last`, and what is done at each of them."""
         if first > last:
             return []
-        pieces: list[Piece] = [(self._train(config, width), self._until(last) - tokens)]
+        pieces: list[Piece] = [(self._train(config, width), self._until(last, config) - tokens)]
         for target in range(first, last + 1):
             seen = self.plan.validation_tokens if target >= self.plan.last else self.plan.rung_tokens
             pieces += [(self._evaluate(), seen), (self._piece("checkpoint", config.method), 1)]
@@ -291,10 +292,16 @@ class Projector:
 
 def untaught(study: Study) -> Projector:
     """The forecasts of a study before anything was measured."""
-    facts = study.facts
+    return from_facts(study.facts, study.unit, seats.probes(study), examination(study))
+
+
+def from_facts(
+    facts: dict[str, Any], unit: str, probes: bool = False, examination: Examination = Examination()
+) -> Projector:
+    """The forecasts that follow from what a launch saw; see Projector."""
     per_rank = facts.get("trained_parameters_per_rank")
     known = plan(facts), facts["parameters"], facts["device"], facts["cores"]
-    return Projector(*known, study.unit, per_rank, seats.probes(study), examination(study))
+    return Projector(*known, unit, per_rank, probes, examination)
 
 
 def _confirms(config: TrialConfig) -> bool:

@@ -143,7 +143,7 @@ class BudgetSpec(_Section):
     """The hard cap over everything the study spends, and what of it the search must leave."""
 
     cap: Usd
-    # For the endgame; not given, it is a quarter of the cap where configurations are confirmed (endgame.seeds), else 0.
+    # For the endgame; not given, it is a quarter of the cap where the endgame trains anything, else 0.
     reserve: Annotated[int, BeforeValidator(parse_usd), Field(ge=0), PlainSerializer(_exact)] = 0
 
     @model_validator(mode="after")
@@ -276,6 +276,13 @@ class EndgameSpec(_Section):
     seeds: int = Field(default=3, ge=0, le=20)  # of each confirmed configuration; 0: nothing is confirmed
     configurations: int = Field(default=3, ge=1, le=20)  # of each method that enter the race
     ranks: bool = False  # the best configuration of each LoRA rank enters too
+    finale: bool = True  # choose what is handed over; with finale_length, train the winner in full before
+    finale_length: float | None = Field(default=None, gt=0)  # epochs; None: search.epochs, which it has had already
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained after the search."""
+        return self.seeds > 0 or (self.finale and self.finale_length is not None)
 
 
 class Spec(_Section):
@@ -294,9 +301,16 @@ class Spec(_Section):
 
     @model_validator(mode="after")
     def _reserved(self) -> Spec:
-        if self.endgame.seeds and "reserve" not in self.budget.model_fields_set:
+        if self.endgame.trains and "reserve" not in self.budget.model_fields_set:
             budget = self.budget.model_copy(update={"reserve": int(self.budget.cap * RESERVE_SHARE)})
             object.__setattr__(self, "budget", budget)  # frozen, but nobody has seen it yet
+        return self
+
+    @model_validator(mode="after")
+    def _in_full(self) -> Spec:
+        length, epochs = self.endgame.finale_length, self.search.epochs
+        if length is not None and length < epochs:
+            raise ValueError(f"endgame.finale_length {length:g} is shorter than the search's longest run, {epochs:g}")
         return self
 
     def resolved(self) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Workers:
             slots = seats.slots(self.study, records.workers(connection, self.study.name))
         saved = {m: self.projector.checkpoint(m).mean * (slots if m == "lora" else 1) for m in search.method}
         load = self.projector.load()
-        confirms = self.study.phase == "endgame" and self.study.spec.endgame.seeds > 0
+        confirms = self.study.phase == "endgame" and self.study.spec.endgame.trains
         measured = self.projector.forecast.measured("load") > 0
         own = slices.slice_ms(cap, self.study.tariff.ceiling, max(saved.values()), self._longest_step(slots))
         return Lengths(

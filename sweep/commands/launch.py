@@ -36,7 +36,7 @@ def command(
     """
     from rich.console import Console
 
-    from sweep import launch, pricing
+    from sweep import finale, launch, pricing
     from sweep.commands.drive import drive
     from sweep.launchers.local import LocalLauncher
     from sweep.plan import outline, settle
@@ -57,6 +57,7 @@ def command(
             launch.compare_gpu(wanted, facts)
         wanted, facts = settle(wanted, facts, price)
         launch.settle_memory(store, wanted, facts)
+        facts["notes"] = [*facts["notes"], *finale.warnings(wanted, facts, price.unit, price.tariff.now)]
         drawn = outline(wanted, facts, price).as_json()
         tables.show_outline(Console(stderr=True), drawn, price.note, facts, wanted.machine.stop_command)
         if not yes and not click.confirm("Launch?", err=True):

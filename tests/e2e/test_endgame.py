@@ -193,18 +193,14 @@ def test_killed_at_commits_the_race_goes_on(tmp_path: Path, undisturbed: dict[st
     assert in_the_race >= 2
 
 
-@pytest.mark.parametrize("victim", ["worker", "all", "nobody"])
-def test_the_race_survives_its_worker(tmp_path: Path, victim: str) -> None:
-    """Proves recovery in the endgame: a killed worker's run goes on from its checkpoint; one that Ctrl-C stopped is
-    parked when more money lets the search go on, and goes on after it."""
-    spec = a_spec(tmp_path, cap="$0.5", timings=False, sleep=0.0004, trials=4, rungs=[0.2], endgame={"seeds": 2})
-    process, out = start("launch", str(spec), "--yes", cwd=tmp_path), tmp_path / "out.txt"
-    wait_for(lambda: "·2 starts" in out.read_text(), seconds=90)
-    running = pids(tmp_path)
+def struck(folder: Path, process: subprocess.Popen[str], victim: str) -> dict[str, Any]:
+    """Kills a running study's worker, or all its processes, or (nobody) stops it and raises its cap; what is found at
+    the end of it."""
+    running = pids(folder)
     if victim == "nobody":
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
-        assert read(tmp_path)["held"] == 0
+        assert read(folder)["held"] == 0
     elif victim == "all":
         process.kill()
         process.wait()
@@ -212,10 +208,20 @@ def test_the_race_survives_its_worker(tmp_path: Path, victim: str) -> None:
     if victim != "nobody":
         kill(running["worker"])
     if victim == "worker":
-        assert process.wait(timeout=120) == 0, out.read_text()
+        assert process.wait(timeout=120) == 0, (folder / "out.txt").read_text()
     else:
-        sweep("resume", "words", *(["--cap", "$0.8"] if victim == "nobody" else []), cwd=tmp_path)
-    found = checked(tmp_path)
+        sweep("resume", "words", *(["--cap", "$0.8"] if victim == "nobody" else []), cwd=folder)
+    return checked(folder)
+
+
+@pytest.mark.parametrize("victim", ["worker", "all", "nobody"])
+def test_the_race_survives_its_worker(tmp_path: Path, victim: str) -> None:
+    """Proves recovery in the endgame: a killed worker's run goes on from its checkpoint; one that Ctrl-C stopped is
+    parked when more money lets the search go on, and goes on after it."""
+    spec = a_spec(tmp_path, cap="$0.5", timings=False, sleep=0.0004, trials=4, rungs=[0.2], endgame={"seeds": 2})
+    process = start("launch", str(spec), "--yes", cwd=tmp_path)
+    wait_for(lambda: "·2 starts" in (tmp_path / "out.txt").read_text(), seconds=90)
+    found = struck(tmp_path, process, victim)
     assert len(found["workers"]) == 2
     confirmations = records.confirmations(found["trials"])
     assert len(confirmations) >= 4 and all(trial.state in ENDED for trial in confirmations)
