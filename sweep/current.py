@@ -6,6 +6,7 @@ Nobody else writes a study's tables while it is driven, so they are read anew af
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from sweep import endgame, records, seats
 from sweep.endgame import Race
@@ -13,6 +14,7 @@ from sweep.projection import Projector
 from sweep.records import Study, TrialRow, WorkerRow
 from sweep.rungs import Policy, Results
 from sweep.store import Store
+from sweep.tables import CONFIRMATIONS
 from trainers.messages import Method
 
 
@@ -23,6 +25,7 @@ class Current:
     writes: int  # the store's when these were read
     trials: list[TrialRow]  # of the search
     results: Results  # of these
+    evaluations: list[Any]  # of these, as they are stored, in the order in which they arrived
     confirmations: list[TrialRow]
     finales: list[TrialRow]
     examined: bool  # whether the untrained model's scores are known
@@ -58,6 +61,7 @@ def read(store: Store, study: Study, policy: Policy | None) -> Current:
         writes=writes,
         trials=records.searched(trials),
         results=Results.of_search(rows, policy),
+        evaluations=[row for row in rows if row.trial < CONFIRMATIONS],
         confirmations=records.confirmations(trials),
         finales=records.finales(trials),
         examined=examined,

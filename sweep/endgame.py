@@ -222,17 +222,23 @@ def winner(candidates: Sequence[Candidate], runs: Runs, seeds: int) -> Candidate
 # From here on: the race as the tables have it.
 
 
-def begin(connection: Connection, study: Study) -> bool:
+def begin(connection: Connection, study: Study, stopped: str | None = None, spent: int = 0) -> bool:
     """Ends the search and releases the reserve; False if there is no endgame to begin (any more).
 
-    From here on nobody new is asked for. A living worker's last slice is no longer its last.
+    From here on nobody new is asked for. A living worker's last slice is no longer its last. `stopped` says why a
+    search ends that could go on (sweep/stopping.py): then the endgame has the reserve alone, beyond `spent`
+    micro-dollars, and the rest of the cap is not spent.
     """
     if study.phase != "search":
         return False
+    facts = records.study(connection, study.name).facts
+    if stopped is not None and facts.get("stopped") != stopped:
+        facts |= {"stopped": stopped, "endgame_until": spent + Ledger(connection, study.name).balances().reserve}
+        records.set_study(connection, study.name, facts=facts)
+        records.note(connection, study.name, "stop", f"the search has enough: {stopped}")
     freed = Ledger(connection, study.name).release(f"endgame{study.fence}", note="the search is over")
     if not freed and not study.spec.endgame.trains:
         return False
-    facts = records.study(connection, study.name).facts
     facts["endgame_turn"] = records.next_turn(records.trials(connection, study.name))
     records.set_study(connection, study.name, phase="endgame", facts=facts)
     mine = (tables.worker.c.study == study.name) & (tables.worker.c.state != "ended")
@@ -315,7 +321,8 @@ class Race:
         A slice's tail can't train, but a last evaluation can be made and written in it.
         """
         ending = self.projector.ending(self.study.spec.search.method).mean
-        seconds = affordable_ms(money.micros_per_hour, max(money.left_now - money.overhead, 0)) / 1000
+        left = min(money.left_now, self.study.facts.get("endgame_until", money.balances.cap) - money.spent_now)
+        seconds = affordable_ms(money.micros_per_hour, max(left - money.overhead, 0)) / 1000
         seconds -= sum(self.projector.to_end(trial).mean for trial in self._under_way())
         if not self.examined:
             seconds -= self.projector.examined(confirms=True).high

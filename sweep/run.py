@@ -54,7 +54,10 @@ def take(store: Store, name: str, cap: int | None = None) -> None:
                     f"{usd(cap)} is under the {usd(balances.spent + balances.held)} that is spent and held already"
                     + (f" and the reserve of {usd(balances.reserve)}" if balances.reserve else "")
                 ) from error
-            records.set_study(connection, name, phase="search")  # there is money to ask for more
+            # There is money to ask for more, and whoever had enough wants to go on.
+            facts = {key: value for key, value in study.facts.items() if key not in {"stopped", "endgame_until"}}
+            facts["patience_from"] = records.next_evaluation(connection, name) - 1
+            records.set_study(connection, name, phase="search", facts=facts)
             records.note(connection, name, "cap", f"the cap is {usd(cap)} now")
             _reserve(connection, study, ledger.balances().cap - before)
 

@@ -33,6 +33,7 @@ from sweep.errors import SpecError
 Method = Literal["lora", "full"]
 Targets = Literal["attention", "mlp", "all-linear"]
 MAX_SLOTS = 64
+PATIENCE = 20  # trials, where patience is asked for without any limit
 RESERVE_SHARE = 0.25  # of the cap, for the endgame, unless budget.reserve says otherwise
 CLASS = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"  # a user's own class: module:Class
 
@@ -73,6 +74,13 @@ def _sampler(value: Any) -> Any:
     if not known and not (isinstance(value, str) and re.fullmatch(CLASS, value)):
         raise ValueError("is `tpe`, `gp`, `random`, `cmaes` or module:Class, an Optuna sampler of your own")
     return value
+
+
+def _stop(value: Any) -> Any:
+    # YAML's `off` is false.
+    if value in ("off", False, None):
+        return {}
+    return {value: {}} if isinstance(value, str) else value
 
 
 def _metric(value: Any) -> Any:
@@ -285,6 +293,33 @@ class EndgameSpec(_Section):
         return self.seeds > 0 or (self.finale and self.finale_length is not None)
 
 
+class PatienceSpec(_Section):
+    """Stop when the best trained trial was not improved on for so long, whichever comes first."""
+
+    trials: int | None = Field(default=None, ge=1)  # that trained since then, to whatever decision
+    dollars: Usd | None = None  # of training since then
+    tolerance: float = Field(default=0.002, ge=0, lt=1)  # relative: less is no improvement; two seeds differ by as much
+
+    @model_validator(mode="after")
+    def _some_limit(self) -> PatienceSpec:
+        if self.trials is None and self.dollars is None:
+            object.__setattr__(self, "trials", PATIENCE)  # frozen, but nobody has seen it yet
+        return self
+
+
+class UtilitySpec(_Section):
+    """Stop when nothing that can be paid is expected to be worth its price."""
+
+    dollars_per_percent: Usd  # what lowering the best loss by one percent is worth to you
+
+
+class StopSpec(_Section):
+    """When the search stops although there is money left; neither: never."""
+
+    patience: PatienceSpec | None = None
+    utility: UtilitySpec | None = None
+
+
 class Spec(_Section):
     """One study, complete."""
 
@@ -297,6 +332,7 @@ class Spec(_Section):
     objective: Annotated[ObjectiveSpec, BeforeValidator(_metric)] = ObjectiveSpec()
     full: FullSpec = FullSpec()
     endgame: EndgameSpec = EndgameSpec()
+    stop: Annotated[StopSpec, BeforeValidator(_stop)] = StopSpec()  # or off, patience
     seed: int = Field(default=0, ge=0, lt=2**32)
 
     @model_validator(mode="after")

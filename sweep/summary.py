@@ -271,6 +271,7 @@ def status(connection: Connection, name: str, now_ms: dict[str, int] | None = No
         "micros_per_hour": study.micros_per_hour,
         "unit": study.unit,
         "phase": study.phase,
+        "stopped": study.facts.get("stopped"),
         "reserve": money(balances.reserve),
         "base_loss": study.base_loss,
         "trials": len(searched),

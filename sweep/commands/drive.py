@@ -57,6 +57,8 @@ def conclude(store: Store, name: str) -> None:
             f"{usd(spent)} of {usd(cap)} are spent and no trial was trained to its end",
             f"sweep resume {name} --cap ... spends more; a smaller search.epochs needs less",
         )
+    if state["stopped"] is not None:
+        click.echo(f"the search had enough: {state['stopped']}. {usd(cap - spent)} of the cap stay with you", err=True)
     click.echo(
         f"study {name}: {state['trials']} trials, {usd(spent)} of {usd(cap)} spent. Next: sweep best {name}", err=True
     )

@@ -332,6 +332,9 @@ def show_status(console: Console, status: dict[str, Any]) -> None:
         console.print(row)
     console.print(state.best(console, status))
     console.print(state.counts(console, status))
+    if status["stopped"] is not None:
+        kept = usd(status["left"]["micros"])
+        say(console, f"the search had enough: {status['stopped']}; {kept} of the cap are left", "bold")
     for event in state.events(console, status, len(status["events"])):
         console.print(event)
 

@@ -168,6 +168,16 @@ def small(folder: Path) -> Path:
     return a_spec(folder, cap="$1", trials=6, rungs=[0.2], endgame={"seeds": 2, "configurations": 2})
 
 
+def died(point: int, when: str, spec: Path) -> bool:
+    """Launches a study in a process that kills itself at a commit; False if it came to its end before that one."""
+    command = [sys.executable, str(CRASH_AT), str(point), when, "launch", str(spec), "--yes"]
+    done = subprocess.run(
+        command, cwd=spec.parent, env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode != 0
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_at_commits_the_race_goes_on(tmp_path: Path, undisturbed: dict[str, Any], when: str) -> None:
     """Proves that decisions follow from the tables: killed at commits all over the race, the outcome is the same.
@@ -177,13 +187,8 @@ def test_killed_at_commits_the_race_goes_on(tmp_path: Path, undisturbed: dict[st
     in_the_race = 0
     for point in range(170 if when == "before" else 186, 300, 32):
         folder = tmp_path / str(point)
-        command = [sys.executable, str(CRASH_AT), str(point), when, "launch", str(small(folder)), "--yes"]
-        died = subprocess.run(
-            command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=60, check=False
-        )
-        if died.returncode == 0:
+        if not died(point, when, small(folder)):
             break
-        assert died.returncode == -signal.SIGKILL, died.stderr
         in_the_race += read(folder)["study"].phase == "endgame"
         sweep("resume", "words", cwd=folder)
         found = checked(folder)

@@ -63,6 +63,9 @@ VIEWS: dict[str, Show] = {
     "huge status": lambda c: tables.show_status(
         c, a_status([a_trial(2, "live", cost=10**14)], cap=10**15, frozen=True)
     ),
+    "status of a search that has enough": lambda c: tables.show_status(
+        c, a_status([a_trial(2)], stopped="trial 2 was not improved on by more than 0.2 % over 20 trials")
+    ),
     "empty status": lambda c: tables.show_status(c, a_status([], cap=3)),
     "outline": lambda c: tables.show_outline(c, an_outline(200_000_000)[0], "a note", an_outline(1)[1], None),
     "list": lambda c: tables.show_list(

@@ -142,7 +142,9 @@ def a_statement(costs: Sequence[int], *, cap: int, rate: int = 3_600_000, overru
     }
 
 
-def a_status(trials: list[dict[str, Any]], *, cap: int = 60_000, frozen: bool = False) -> dict[str, Any]:
+def a_status(
+    trials: list[dict[str, Any]], *, cap: int = 60_000, frozen: bool = False, stopped: str | None = None
+) -> dict[str, Any]:
     """The state of a study with these trials: half of the cap spent, a tenth held."""
     running = [t for t in trials if t["state"] in {"waiting", "live", "judging"}]
     evaluated = [t for t in trials if t["loss"] is not None]
@@ -162,6 +164,7 @@ def a_status(trials: list[dict[str, Any]], *, cap: int = 60_000, frozen: bool = 
         "projected_low": money(cap * 7 // 10),
         "projected_high": money(cap * 11 // 10),
         "forecasts": {"count": 38, "inside": 31, "median_error": 0.0612} if running else None,
+        "stopped": stopped,
         "frozen": frozen,
         "overrun": money(1_234 if frozen else 0),
         "micros_per_hour": 3_600_000,
