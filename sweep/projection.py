@@ -100,12 +100,13 @@ class Projector:
         per_rank: Mapping[str, int] | None = None,
         probes: bool = False,
         examination: Examination = Examination(),
+        flops: float | None = None,
     ) -> None:
         """`unit` Mtok: the meter runs on tokens (sweep/pricing.py), so what a token takes is known.
 
         `per_rank`: by targets, how many parameters an adapter has for each unit of rank, where the launch saw them.
         `probes`: a worker may have to find its slots before it is ready. `examination`: what comes after a last
-        evaluation.
+        evaluation. `flops`: a second, as an earlier study measured them on such a machine.
         """
         self.plan = plan
         self.parameters = parameters
@@ -118,7 +119,7 @@ class Projector:
         known = (speed for name, speed in PRIOR_FLOPS.items() if name in device.upper())
         self._metered_by_token = unit == "Mtok"
         self._replayed = device == "replay"
-        self._flops = CORE_FLOPS * cores if device in {"cpu", "replay"} else next(known, OTHER_GPU_FLOPS)
+        self.flops = flops or (CORE_FLOPS * cores if device in {"cpu", "replay"} else next(known, OTHER_GPU_FLOPS))
 
     def observe_evaluation(self, config: TrialConfig, row: Any) -> None:
         """Learns from a stretch of training that ended in an evaluation (an Evaluated event, or its row)."""
@@ -273,12 +274,12 @@ class Projector:
             "log_width": math.log(width),
         }
         adapter = (config.rank or 0) * self._per_rank.get(config.targets or "", 0)
-        prior = flops_per_token(self.parameters, config.method, adapter) / self._flops
+        prior = flops_per_token(self.parameters, config.method, adapter) / self.flops
         prior = SECONDS_A_TOKEN if self._metered_by_token else prior
         return Work("train", prior, features, owner=str(config.number))
 
     def _evaluate(self) -> Work:
-        prior = SECONDS_A_TOKEN if self._metered_by_token else 2.0 * self.parameters / self._flops
+        prior = SECONDS_A_TOKEN if self._metered_by_token else 2.0 * self.parameters / self.flops
         return Work("evaluate", prior)
 
     def _piece(self, kind: str, method: str) -> Work:
@@ -301,7 +302,7 @@ def from_facts(
     """The forecasts that follow from what a launch saw; see Projector."""
     per_rank = facts.get("trained_parameters_per_rank")
     known = plan(facts), facts["parameters"], facts["device"], facts["cores"]
-    return Projector(*known, unit, per_rank, probes, examination)
+    return Projector(*known, unit, per_rank, probes, examination, facts.get("flops"))
 
 
 def _confirms(config: TrialConfig) -> bool:

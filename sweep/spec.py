@@ -76,6 +76,14 @@ def _sampler(value: Any) -> Any:
     return value
 
 
+def _warm_start(value: Any) -> Any:
+    if value in ("off", False):  # YAML's `off` is false
+        return "off"
+    if value != "auto" and not (isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)):
+        raise ValueError("is `auto`, `off` or a list of studies' names")
+    return value
+
+
 def _stop(value: Any) -> Any:
     # YAML's `off` is false.
     if value in ("off", False, None):
@@ -206,6 +214,8 @@ class SearchSpec(_Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     sampler: Annotated[str, BeforeValidator(_sampler)] = "tpe"  # where the priors leave the choice
     priors: str = Field(default="default", min_length=1)  # default, none, or a file that changes sweep/priors.yaml
+    # Earlier studies of the database whose best configurations are tried first; auto: those of a similar model or data.
+    warm_start: Annotated[tuple[str, ...] | str, BeforeValidator(_warm_start)] = "auto"
     first: tuple[FirstSpec, ...] | None = None  # tried before others; None: the priors' known-good configurations
 
     @model_validator(mode="after")

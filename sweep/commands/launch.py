@@ -36,7 +36,7 @@ def command(
     """
     from rich.console import Console
 
-    from sweep import finale, launch, pricing
+    from sweep import finale, launch, pricing, warm_start
     from sweep.commands.drive import drive
     from sweep.launchers.local import LocalLauncher
     from sweep.plan import outline, settle
@@ -55,6 +55,8 @@ def command(
         facts = launch.look(wanted, folder)
         if not anyway:
             launch.compare_gpu(wanted, facts)
+        with store.read() as connection:
+            facts = warm_start.apply(connection, wanted, facts)
         wanted, facts = settle(wanted, facts, price)
         launch.settle_memory(store, wanted, facts)
         facts["notes"] = [*facts["notes"], *finale.warnings(wanted, facts, price.unit, price.tariff.now)]
