@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import stopping as measured
 from sweep import dominance, records, stopping
 from sweep.errors import SpecError
 from sweep.records import TrialRow
@@ -168,3 +169,21 @@ def test_before_some_came_to_their_ends_nobody_is_stopped() -> None:
     """Proves that three whole curves are no evidence, and that paused ones count for none."""
     few = {n: SEEN[n] for n in range(3)} | {n: [3.0] for n in range(3, 30)}
     assert judged(9.0, few).verdict == "promote"
+
+
+def test_late_bloomers_of_made_up_tables_are_spared(capsys: pytest.CaptureFixture[str]) -> None:
+    """Proves that over ten tables of each kind some are stopped and none of the best tenth, and that a rule that allows
+    for no more than was seen would stop some."""
+
+    def stopped(safety: str) -> tuple[int, int]:
+        assert measured.main(["dominance", "--seeds", "10", "--safety", safety]) == 0
+        rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+        return sum(int(row[2]) for row in rows), sum(int(row[5]) for row in rows)
+
+    usual = dominance.SAFETY
+    try:
+        every, late = stopped(str(usual))
+        assert every > 0 and late == 0
+        assert stopped("0.5")[1] > 0
+    finally:
+        dominance.SAFETY = usual
