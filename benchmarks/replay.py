@@ -97,9 +97,12 @@ class Replayed:
     spent: float
     trials: int
     steps: list[tuple[int, float]] = field(default_factory=list)  # (trials so far, seconds) of each step of the loop
+    dominated: list[int] = field(default_factory=list)  # rows that were stopped because they could not catch up
 
 
-def make_spec(table: Table, folder: Path, seed: int, cap_micros: int, slots: int, **search: Any) -> Spec:
+def make_spec(
+    table: Table, folder: Path, seed: int, cap_micros: int, slots: int, stop: Any = None, **search: Any
+) -> Spec:
     """The study of a table: its own space, everything else as a user gets it, but no priors and nothing for an endgame.
 
     What is compared is the search. Ours is to know as little of the task beforehand as the others do, and a table has
@@ -118,6 +121,7 @@ def make_spec(table: Table, folder: Path, seed: int, cap_micros: int, slots: int
         "search": {"learning_rate": {"low": low, "high": high}, "trials": len(table.rows), "priors": "none", **choices}
         | search,
         "endgame": {"seeds": 0},
+        "stop": stop or {},
         "seed": seed,
     }
     return validate(values, "replay")
@@ -152,21 +156,22 @@ def replay(
     memory: type[TableMemory] = TableMemory,
     scratch: str | None = "/dev/shm",
     watch: Callable[[Sweep, Callable[[], bool]], bool] | None = None,
+    stop: Any = None,
     **search: Any,
 ) -> Replayed:
     """Runs a whole study on a table's LoRA rows, under a cap that pays for `runs` whole runs alone, and audits it.
 
     Raises what Sweep.run raises, and InvariantError for books that do not agree.
 
-    `sweep` and `memory` may be variants of the real ones; `search` replaces keys of the spec's section. `watch` is
-    called in the place of each step of the loop, with the loop and that step.
+    `sweep` and `memory` may be variants of the real ones; `search` replaces keys of the spec's section, `stop` is
+    its own. `watch` is called in the place of each step of the loop, with the loop and that step.
     """
     table = table.of("lora")
     cap = round(runs * table.run_seconds() * MICROS_PER_HOUR / 3600)
     place = scratch if scratch and Path(scratch).is_dir() else None
     with tempfile.TemporaryDirectory(dir=place) as temporary:
         folder = Path(temporary)
-        spec = make_spec(table, folder, seed, cap, slots, **search)
+        spec = make_spec(table, folder, seed, cap, slots, stop, **search)
         store = Store(f"sqlite:///{folder}/studies.db", create=True)
         study = launch.create(store, spec, _facts(table, spec), pricing.quote(spec), folder, BOOT)
         take(store, spec.study)
@@ -185,7 +190,8 @@ def replay(
             raise InvariantError(wrong[0])
         mind.close()
         store.dispose()
-    return Replayed(_seen(table, launcher, mind), spent / 1e6, len(trials))
+    hopeless = [mind.rows[t.number].number for t in trials if t.reason.startswith("dominated")]
+    return Replayed(_seen(table, launcher, mind), spent / 1e6, len(trials), dominated=hopeless)
 
 
 def _seen(table: Table, launcher: SimulatedLauncher, mind: TableMemory) -> list[Seen]:

@@ -98,7 +98,8 @@ def _trials(connection: Connection, study: str) -> list[str]:
     trials = records.trials(connection, study)
     living = {worker.id for worker in records.workers(connection, study, living=True)}
     found = []
-    searched, repeated = records.searched(trials), records.confirmations(trials)
+    searched = records.searched(trials)
+    repeated = [trial for trial in trials if trial.source is not None]
     if [trial.number for trial in searched] != list(range(len(searched))):
         found.append(f"trials are not numbered 0 to {len(searched) - 1}")
     for trial in repeated:

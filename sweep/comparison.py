@@ -85,7 +85,8 @@ def _values(scored: Scored, metric: bool) -> Array:
 def compare(connection: Connection, name: str) -> dict[str, Any]:
     """Returns everything that `sweep compare` shows, as plain values. Raises NotFoundError, InvariantError."""
     study = records.study(connection, name)
-    trials = records.trials(connection, name)
+    # A finale is longer than what it would be compared with.
+    trials = [trial for trial in records.trials(connection, name) if not trial.finale]
     scored = _scored(connection, name)
     base = scored.get((tables.UNTRAINED, "test"))
     confirmed = _confirmed(trials, scored)

@@ -6,6 +6,7 @@ Nobody else writes a study's tables while it is driven, so they are read anew af
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from sweep import endgame, records, seats
 from sweep.endgame import Race
@@ -13,6 +14,8 @@ from sweep.projection import Projector
 from sweep.records import Study, TrialRow, WorkerRow
 from sweep.rungs import Policy, Results
 from sweep.store import Store
+from sweep.tables import CONFIRMATIONS
+from trainers.messages import Method
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,9 @@ class Current:
     writes: int  # the store's when these were read
     trials: list[TrialRow]  # of the search
     results: Results  # of these
+    evaluations: list[Any]  # of these, as they are stored, in the order in which they arrived
     confirmations: list[TrialRow]
+    finales: list[TrialRow]
     examined: bool  # whether the untrained model's scores are known
     worker: WorkerRow | None  # that lives
     slots: int
@@ -31,11 +36,12 @@ class Current:
     @property
     def everyone(self) -> list[TrialRow]:
         """All that may sit in a slot."""
-        return [*self.trials, *self.confirmations]
+        return [*self.trials, *self.confirmations, *self.finales]
 
     def race(self, study: Study, projector: Projector) -> Race:
         """The race as it stands."""
-        return Race(study, self.trials, self.confirmations, projector, {"lora": self.slots, "full": 1}, self.examined)
+        seats: dict[Method, int] = {"lora": self.slots, "full": 1}
+        return Race(study, self.trials, self.confirmations, self.finales, projector, seats, self.examined)
 
     @property
     def anybody_runs(self) -> bool:
@@ -55,7 +61,9 @@ def read(store: Store, study: Study, policy: Policy | None) -> Current:
         writes=writes,
         trials=records.searched(trials),
         results=Results.of_search(rows, policy),
+        evaluations=[row for row in rows if row.trial < CONFIRMATIONS],
         confirmations=records.confirmations(trials),
+        finales=records.finales(trials),
         examined=examined,
         worker=next((worker for worker in workers if worker.state != "ended"), None),
         slots=seats.slots(study, workers),

@@ -222,17 +222,25 @@ def winner(candidates: Sequence[Candidate], runs: Runs, seeds: int) -> Candidate
 # From here on: the race as the tables have it.
 
 
-def begin(connection: Connection, study: Study) -> bool:
+def begin(connection: Connection, study: Study, stopped: str | None = None, spent: int = 0) -> bool:
     """Ends the search and releases the reserve; False if there is no endgame to begin (any more).
 
-    From here on nobody new is asked for. A living worker's last slice is no longer its last.
+    From here on nobody new is asked for. A living worker's last slice is no longer its last. `stopped` says why a
+    search ends that could go on (sweep/stopping.py): then the endgame has the reserve alone, beyond `spent`
+    micro-dollars, and the rest of the cap is not spent.
     """
     if study.phase != "search":
         return False
+    facts = records.study(connection, study.name).facts
+    if stopped is not None and facts.get("stopped") != stopped:
+        facts |= {"stopped": stopped, "endgame_until": spent + Ledger(connection, study.name).balances().reserve}
+        records.set_study(connection, study.name, facts=facts)
+        records.note(connection, study.name, "stop", f"the search has enough: {stopped}")
     freed = Ledger(connection, study.name).release(f"endgame{study.fence}", note="the search is over")
-    if not freed and not study.spec.endgame.seeds:
+    if not freed and not study.spec.endgame.trains:
         return False
-    records.set_study(connection, study.name, phase="endgame")
+    facts["endgame_turn"] = records.next_turn(records.trials(connection, study.name))
+    records.set_study(connection, study.name, phase="endgame", facts=facts)
     mine = (tables.worker.c.study == study.name) & (tables.worker.c.state != "ended")
     connection.execute(update(tables.worker).where(mine).values(final=0))
     released = f"the reserve of {usd(freed)} is released" if freed else "nothing was in reserve"
@@ -302,6 +310,7 @@ class Race:
     study: Study
     trials: Sequence[TrialRow]  # of the search
     confirmations: Sequence[TrialRow]
+    finales: Sequence[TrialRow]
     projector: Projector
     seats: Mapping[Method, int]
     examined: bool  # whether the untrained model's scores are known
@@ -312,15 +321,16 @@ class Race:
         A slice's tail can't train, but a last evaluation can be made and written in it.
         """
         ending = self.projector.ending(self.study.spec.search.method).mean
-        seconds = affordable_ms(money.micros_per_hour, max(money.left_now - money.overhead, 0)) / 1000
+        left = min(money.left_now, self.study.facts.get("endgame_until", money.balances.cap) - money.spent_now)
+        seconds = affordable_ms(money.micros_per_hour, max(left - money.overhead, 0)) / 1000
         seconds -= sum(self.projector.to_end(trial).mean for trial in self._under_way())
         if not self.examined:
             seconds -= self.projector.examined(confirms=True).high
         return seconds - max(lengths.tail / 1000 - ending, 0.0)
 
     def next(self, seconds_left: float) -> list[Run]:
-        """The runs that begin now, or go on; [] while a trial of the search is under way."""
-        if any(trial.state in records.RUNNING for trial in self.trials):
+        """The runs that begin now, or go on; [] while the search is under way, or where nothing is confirmed."""
+        if not self.study.spec.endgame.seeds or any(trial.state in records.RUNNING for trial in self.trials):
             return []
         return next_runs(*self._asked(seconds_left))
 
@@ -360,7 +370,7 @@ class Race:
         return "; ".join(words)
 
     def _under_way(self) -> list[TrialRow]:
-        return [trial for trial in self.confirmations if trial.state in {"live", "waiting"}]
+        return [t for t in [*self.confirmations, *self.finales] if t.state in {"live", "waiting"}]
 
     def _seconds_of(self, candidate: Candidate, ordinal: int, width: int) -> float:
         """At the upper end of the interval: a run that is parked on its way tells nothing."""
@@ -381,22 +391,26 @@ def start(store: Store, race: Race, chosen: Sequence[Run]) -> None:
                 records.set_trial(connection, name, known[run].number, **values)
                 continue
             source = next(t for t in race.trials if t.number == run[0])
-            config = confirmation(source, run[1], race.study.spec.seed)
-            more = {"source": source.number, "target": race.projector.plan.last}
-            records.add_trial(connection, name, config, turn, **more)
-            text = f"trial {records.label(config.number)} repeats trial {source.number} under another seed"
-            records.note(connection, name, "asked", f"{text}: {space.describe(config)}", config.number)
+            words = f"repeats trial {source.number} under another seed"
+            enter(connection, race, source, confirmation(source, run[1], race.study.spec.seed), turn, words)
 
 
-def say_end(store: Store, race: Race, seconds_left: float) -> None:
+def enter(connection: Connection, race: Race, source: TrialRow, config: TrialConfig, turn: int, words: str) -> None:
+    """Adds a run of the endgame: a trial without any rung before its end. `words` say what it does."""
+    more = {"source": source.number, "target": race.projector.plan.last}
+    records.add_trial(connection, race.study.name, config, turn, **more)
+    text = f"trial {records.label(config.number)} {words}: {space.describe(config)}"
+    records.note(connection, race.study.name, "asked", text, config.number)
+
+
+def say_end(connection: Connection, race: Race, seconds_left: float) -> None:
     """Notes who won the race, and who could not be confirmed."""
     won, missing = outcome(race.study, race.trials, race.confirmations), race.shortfall(seconds_left)
-    with store.write() as connection:
-        if won is not None:
-            text = f"trial {won.source.number} is confirmed over {len(won.runs)} seeds"
-            records.note(connection, race.study.name, "confirmed", text, won.source.number)
-        if missing:
-            records.note(connection, race.study.name, "endgame", f"not everything is confirmed: {missing}")
+    if won is not None:
+        text = f"trial {won.source.number} is confirmed over {len(won.runs)} seeds"
+        records.note(connection, race.study.name, "confirmed", text, won.source.number)
+    if missing:
+        records.note(connection, race.study.name, "endgame", f"not everything is confirmed: {missing}")
 
 
 def examined(connection: Connection, name: str) -> bool:

@@ -13,17 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from budgets.ledger import Ledger
-from budgets.money import usd
-from sweep import current, endgame, feasibility, pricing, records, rungs, seats, space, tables, telling, triage
+from sweep import current, endgame, feasibility, finale, records, rungs, seats, space, stopping, tables, telling, triage
 from sweep.apply import apply
 from sweep.current import Current
+from sweep.dominance import overrule
 from sweep.endgame import Race
 from sweep.errors import BudgetError, DiskError, Interrupted, StoreError, WorkerError
 from sweep.instruct import Instructor
 from sweep.launchers.base import Launcher
 from sweep.projection import projector_of
 from sweep.records import TrialRow, WorkerRow
-from sweep.rungs import Results
+from sweep.rungs import Judgement, Results
 from sweep.store import Store
 from sweep.study import Memory
 from sweep.triage import Funds
@@ -136,19 +136,10 @@ class Sweep:
 
     def _reprice(self) -> None:
         """Puts the study, and its living worker, under a price that was changed since the last look."""
-        with self.store.read() as connection:
-            micros, ceiling, boot_id, boot_ms = pricing.newest(connection, self.name)
-        worker = self._worker()
-        known = [self.study.tariff, *([worker.tariff] if worker else [])]
-        if not micros or all((tariff.now, tariff.ceiling) == (micros, ceiling) for tariff in known):
-            return
-        with self.store.write() as connection:
-            self.study = self.workers.study = records.own_study(connection, self.name, self.study.fence)
-            if worker is not None:
-                self.workers.reprice(connection, worker, self._lengths, said_at=(boot_id, boot_ms))
-        worker = self._worker()
-        if worker is not None:
-            self.launcher.send(Path(worker.folder), self._slice(worker))
+        if self.workers.follow_price(self._worker(), self._lengths):
+            self.study = self.workers.study
+            if (worker := self._worker()) is not None:
+                self.launcher.send(Path(worker.folder), self._slice(worker))
 
     def _settle(self) -> bool:
         """Applies the next event, pays for the next slice when it is due, sees a dead worker out."""
@@ -246,6 +237,8 @@ class Sweep:
             base_loss=self.study.base_rung_loss,
             can_pause=trial.config.method == "lora" or self.projector.parking_pays(trial),
         )
+        if trial.source is None:
+            judgement = self._overruled(judgement, trial, trials, results)
         if trial.source is None and trial.loss is not None and not judgement.diverged:
             self.memory.report(trial.number, trial.rung, trial.loss)
         match judgement.verdict:
@@ -261,6 +254,9 @@ class Sweep:
                 yields = others and (trial.config.method == "lora" or self.projector.parking_pays(trial))
                 state, turn = ("waiting", records.next_turn(trials)) if yields else ("live", trial.turn)
                 self._change(trial, state, f"promoted: {judgement.reason}", target=trial.rung + 1, turn=turn)
+
+    def _overruled(self, judgement: Judgement, trial: TrialRow, trials: list[TrialRow], results: Results) -> Judgement:
+        return overrule(judgement, trial, trials, results.losses)
 
     def _change(self, trial: TrialRow, state: str, reason: str, **values: int) -> None:
         telling.change(self.store, self.name, trial, state, reason, **values)
@@ -313,10 +309,10 @@ class Sweep:
             trials, results = self._trials()
             if sum(t.state in records.RUNNING for t in trials) >= self._now().live:
                 return True
+            goes_on = self._enough() is None
             if not (
-                self._wake(trials, results)
-                or self._ask(trials, results)
-                or self._finish(trials, results)
+                (goes_on and (self._wake(trials, results) or self._ask(trials, results)))
+                or (goes_on and self._finish(trials, results))
                 or (not self._now().anybody_runs and self._begin_endgame())
                 or self._confirm()
             ):
@@ -329,25 +325,24 @@ class Sweep:
 
     def _begin_endgame(self) -> bool:
         """When the search has no more to spend, the reserve goes to the best that is left; False if it began before."""
+        enough, spent = self._enough(), self._funds([], self._now().results).spent_now
         with self.store.write() as connection:
-            begun = endgame.begin(connection, self.study)
+            begun = endgame.begin(connection, self.study, enough, spent)
             self.study = self.workers.study = records.own_study(connection, self.name, self.study.fence)
         self._lengths = self.workers.lengths(self._gap_ms)  # a confirmation's end takes longer
         self._again = self._again or begun
         return begun
 
     def _confirm(self) -> bool:
-        """Lets the next runs of the race begin; False if none is left that can be paid and is worth it."""
-        if self.study.phase != "endgame" or not self.study.spec.endgame.seeds:
+        """Lets the next runs of the endgame begin; False if none is left that can be paid and is worth it."""
+        if self.study.phase != "endgame" or not self.study.spec.endgame.trains:
             return False
         race, left = self._race()
-        chosen = race.next(left)
-        if chosen:
-            endgame.start(self.store, race, chosen)
-        elif not self._now().anybody_runs and not self._said:
-            endgame.say_end(self.store, race, left)
+        begun = finale.go_on(self.store, race, left, alone=not self._now().anybody_runs)
+        if not (begun or self._said or self._now().anybody_runs):
+            finale.say_end(self.store, race, left)
             self._said = True
-        return bool(chosen)
+        return begun
 
     def _seat(self, *, filled: bool) -> None:
         """Gives free slots to those who wait longest and tells the worker, before anything slower is done."""
@@ -387,7 +382,7 @@ class Sweep:
 
         The best go first, as many as share the machine.
         """
-        confirms = self.study.phase == "endgame" and self.study.spec.endgame.seeds > 0
+        confirms = self.study.phase == "endgame" and self.study.spec.endgame.trains
         if self._now().anybody_runs or (confirms and any(t.state == "completed" for t in trials)):
             return False  # with one at its end, what is left is for confirmation
         promoted: list[TrialRow] = []
@@ -436,10 +431,7 @@ class Sweep:
         if hopeless:
             self._end(records.newcomer(config), "failed", hopeless)
         elif not affordable:
-            money = self._funds(trials, results)
-            end = usd(money.cost(self.projector.to_end(records.newcomer(config)).mean))
-            left = usd(max(money.left_now, 0))
-            reason = f"not started: its end is forecast at {end}, with {left} left for it and those under way"
+            reason = triage.not_started(self._funds(trials, results), records.newcomer(config), self.projector)
             self._end(records.newcomer(config), "pruned", reason)
         return True
 
@@ -468,6 +460,9 @@ class Sweep:
             return
         if self.launcher.send(Path(worker.folder), Stop(fence=self.study.fence, within_ms=STOP_MS)):
             self._stopping = True
+
+    def _enough(self) -> str | None:
+        return stopping.enough(self.study, self._now(), self.projector)
 
     def _over(self) -> bool:
         if self._worker() is not None:

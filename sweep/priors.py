@@ -238,7 +238,7 @@ def select(search: SearchSpec, facts: Mapping[str, Any], examples: int) -> Prior
     )
     first: list[dict[str, Any]] = []
     for label, values in _wanted(search, file, guided):
-        chosen, moved = _inside(values, priors, search, examples)
+        chosen, moved = inside(values, priors, search, examples)
         repeats = chosen in first
         if moved and search.first is None:
             notes.append(f"{label}: {', '.join(moved)}" + (", which was there already: left out" if repeats else ""))
@@ -265,7 +265,7 @@ def _wanted(search: SearchSpec, file: PriorFile, guided: bool) -> list[tuple[str
     return [(f"known-good {number} ({known.why})", known.values) for number, known in own] if guided else []
 
 
-def _inside(values: KnownValues, priors: Priors, search: SearchSpec, examples: int) -> tuple[dict[str, Any], list[str]]:
+def inside(values: KnownValues, priors: Priors, search: SearchSpec, examples: int) -> tuple[dict[str, Any], list[str]]:
     """A whole configuration in the study's space, as near to the known one as can be, and what had to be moved."""
     chosen: dict[str, Any] = {"method": values.method}
     moved: list[str] = []

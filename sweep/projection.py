@@ -100,12 +100,13 @@ class Projector:
         per_rank: Mapping[str, int] | None = None,
         probes: bool = False,
         examination: Examination = Examination(),
+        flops: float | None = None,
     ) -> None:
         """`unit` Mtok: the meter runs on tokens (sweep/pricing.py), so what a token takes is known.
 
         `per_rank`: by targets, how many parameters an adapter has for each unit of rank, where the launch saw them.
         `probes`: a worker may have to find its slots before it is ready. `examination`: what comes after a last
-        evaluation.
+        evaluation. `flops`: a second, as an earlier study measured them on such a machine.
         """
         self.plan = plan
         self.parameters = parameters
@@ -118,7 +119,7 @@ class Projector:
         known = (speed for name, speed in PRIOR_FLOPS.items() if name in device.upper())
         self._metered_by_token = unit == "Mtok"
         self._replayed = device == "replay"
-        self._flops = CORE_FLOPS * cores if device in {"cpu", "replay"} else next(known, OTHER_GPU_FLOPS)
+        self.flops = flops or (CORE_FLOPS * cores if device in {"cpu", "replay"} else next(known, OTHER_GPU_FLOPS))
 
     def observe_evaluation(self, config: TrialConfig, row: Any) -> None:
         """Learns from a stretch of training that ended in an evaluation (an Evaluated event, or its row)."""
@@ -127,8 +128,8 @@ class Projector:
         self.forecast.observe(self._piece("checkpoint", config.method), 1, row.checkpoint_ms / 1000)
         if row.examine_ms:
             self.forecast.observe(self._reading(), self._examined(_confirms(config)), row.examine_ms / 1000)
-        if row.full_loss is not None:  # at its end; all trials of a study train on the same examples
-            self._run_tokens = row.tokens
+        if row.full_loss is not None:  # at its end; all trials of a study train on the same examples, but for a finale
+            self._run_tokens = round(row.tokens * self.plan.examples / config.examples)
 
     def observe_load(self, ms: int) -> None:
         """Learns how long a worker took to get ready."""
@@ -225,8 +226,9 @@ class Projector:
     def _restore(self, trial: TrialRow) -> Seconds:
         return self.forecast.seconds(self._piece("restore", trial.config.method))
 
-    def _until(self, target: int) -> int:
-        return self.plan.until(target) or self._run_tokens
+    def _until(self, target: int, config: TrialConfig) -> int:
+        # A finale may be longer than the longest run of the search.
+        return self.plan.until(target) or round(self._run_tokens * config.examples / self.plan.examples)
 
     def _next(self, trial: TrialRow) -> list[Piece]:
         return self._seat(trial) + self._to_rung(trial, trial.target)
@@ -239,13 +241,13 @@ class Projector:
         return self._way(trial.config, trial.tokens, target, target, self.width)
 
     def _beyond(self, config: TrialConfig, rung: int) -> list[Piece]:
-        return self._way(config, self._until(rung), rung + 1, self.plan.last, 1.0)
+        return self._way(config, self._until(rung, config), rung + 1, self.plan.last, 1.0)
 
     def _way(self, config: TrialConfig, tokens: int, first: int, last: int, width: float) -> list[Piece]:
         """Training from `tokens` on through the rungs from `first` to `last`, and what is done at each of them."""
         if first > last:
             return []
-        pieces: list[Piece] = [(self._train(config, width), self._until(last) - tokens)]
+        pieces: list[Piece] = [(self._train(config, width), self._until(last, config) - tokens)]
         for target in range(first, last + 1):
             seen = self.plan.validation_tokens if target >= self.plan.last else self.plan.rung_tokens
             pieces += [(self._evaluate(), seen), (self._piece("checkpoint", config.method), 1)]
@@ -272,12 +274,12 @@ class Projector:
             "log_width": math.log(width),
         }
         adapter = (config.rank or 0) * self._per_rank.get(config.targets or "", 0)
-        prior = flops_per_token(self.parameters, config.method, adapter) / self._flops
+        prior = flops_per_token(self.parameters, config.method, adapter) / self.flops
         prior = SECONDS_A_TOKEN if self._metered_by_token else prior
         return Work("train", prior, features, owner=str(config.number))
 
     def _evaluate(self) -> Work:
-        prior = SECONDS_A_TOKEN if self._metered_by_token else 2.0 * self.parameters / self._flops
+        prior = SECONDS_A_TOKEN if self._metered_by_token else 2.0 * self.parameters / self.flops
         return Work("evaluate", prior)
 
     def _piece(self, kind: str, method: str) -> Work:
@@ -291,10 +293,16 @@ class Projector:
 
 def untaught(study: Study) -> Projector:
     """The forecasts of a study before anything was measured."""
-    facts = study.facts
+    return from_facts(study.facts, study.unit, seats.probes(study), examination(study))
+
+
+def from_facts(
+    facts: dict[str, Any], unit: str, probes: bool = False, examination: Examination = Examination()
+) -> Projector:
+    """The forecasts that follow from what a launch saw; see Projector."""
     per_rank = facts.get("trained_parameters_per_rank")
     known = plan(facts), facts["parameters"], facts["device"], facts["cores"]
-    return Projector(*known, study.unit, per_rank, seats.probes(study), examination(study))
+    return Projector(*known, unit, per_rank, probes, examination, facts.get("flops"))
 
 
 def _confirms(config: TrialConfig) -> bool:

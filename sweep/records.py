@@ -20,6 +20,7 @@ from trainers.messages import TrialConfig
 RUNNING = ("waiting", "live", "judging")
 ENDED = ("completed", "pruned", "failed")
 _ORDINALS = 100  # numbers that the confirmations of one trial may have
+_FINALE = 0  # the one of them that stands for its finale
 TOKEN_METER = "token_meter.json"  # in the study's folder: what the meter runs on then (sweep/pricing.py)
 
 
@@ -74,7 +75,7 @@ class TrialRow:
     told: bool
     metric: float | None = None
     metric_error: float | None = None
-    source: int | None = None  # the trial whose configuration this one confirms
+    source: int | None = None  # the trial whose configuration this one confirms, or trains in full
 
     @property
     def promoted(self) -> bool:
@@ -83,8 +84,13 @@ class TrialRow:
 
     @property
     def run(self) -> tuple[int, int]:
-        """Of a confirmation: which trial it repeats, and under which of the new seeds, from 1."""
+        """Of a confirmation: which trial it repeats, and under which of the new seeds, from 1; 0 is its finale."""
         return divmod(self.number - tables.CONFIRMATIONS, _ORDINALS)
+
+    @property
+    def finale(self) -> bool:
+        """Whether it is the winner trained in full."""
+        return self.source is not None and self.run[1] == _FINALE
 
     @property
     def label(self) -> str:
@@ -232,8 +238,14 @@ def confirmation_number(source: int, ordinal: int) -> int:
     return tables.CONFIRMATIONS + source * _ORDINALS + ordinal
 
 
+def finale_number(source: int) -> int:
+    """The number of the finale of trial `source`."""
+    return confirmation_number(source, _FINALE)
+
+
 def label(number: int) -> str:
-    """What people call a trial: `12`, and `12·2` for what repeats it under the second of the new seeds."""
+    """What people call a trial: `12`, `12·2` for what repeats it under the second of the new seeds, `12·0` for its
+    finale."""
     if number < tables.CONFIRMATIONS:
         return str(number)
     source, ordinal = divmod(number - tables.CONFIRMATIONS, _ORDINALS)
@@ -241,13 +253,18 @@ def label(number: int) -> str:
 
 
 def searched(trials: Sequence[TrialRow]) -> list[TrialRow]:
-    """The trials of the search: all but confirmations."""
+    """The trials of the search: all but those of the endgame."""
     return [trial for trial in trials if trial.source is None]
 
 
 def confirmations(trials: Sequence[TrialRow]) -> list[TrialRow]:
     """The trials that repeat others under new seeds."""
-    return [trial for trial in trials if trial.source is not None]
+    return [trial for trial in trials if trial.source is not None and not trial.finale]
+
+
+def finales(trials: Sequence[TrialRow]) -> list[TrialRow]:
+    """The trials that are a winner trained in full: one of each winner that there was."""
+    return [trial for trial in trials if trial.finale]
 
 
 def set_trial(connection: Connection, name: str, number: int, **values: Any) -> None:

@@ -54,7 +54,10 @@ def take(store: Store, name: str, cap: int | None = None) -> None:
                     f"{usd(cap)} is under the {usd(balances.spent + balances.held)} that is spent and held already"
                     + (f" and the reserve of {usd(balances.reserve)}" if balances.reserve else "")
                 ) from error
-            records.set_study(connection, name, phase="search")  # there is money to ask for more
+            # There is money to ask for more, and whoever had enough wants to go on.
+            facts = {key: value for key, value in study.facts.items() if key not in {"stopped", "endgame_until"}}
+            facts["patience_from"] = records.next_evaluation(connection, name) - 1
+            records.set_study(connection, name, phase="search", facts=facts)
             records.note(connection, name, "cap", f"the cap is {usd(cap)} now")
             _reserve(connection, study, ledger.balances().cap - before)
 
@@ -62,10 +65,10 @@ def take(store: Store, name: str, cap: int | None = None) -> None:
 def _reserve(connection: Connection, study: Study, more: int) -> None:
     """The search goes on with what the cap was raised by, less the endgame's share of it; what raced waits for that."""
     share = study.spec.budget.reserve / study.spec.budget.cap
-    if study.spec.endgame.seeds and int(more * share) > 0:
+    if study.spec.endgame.trains and int(more * share) > 0:
         Ledger(connection, study.name).set_aside(int(more * share), f"fence{study.fence + 1}")
-    for trial in records.confirmations(records.trials(connection, study.name)):
-        if trial.state in {"live", "waiting"}:
+    for trial in records.trials(connection, study.name):
+        if trial.source is not None and trial.state in {"live", "waiting"}:
             values = {"state": "paused", "reason": "parked: the search goes on first"}
             records.set_trial(connection, study.name, trial.number, **values)
 

@@ -33,6 +33,7 @@ from sweep.errors import SpecError
 Method = Literal["lora", "full"]
 Targets = Literal["attention", "mlp", "all-linear"]
 MAX_SLOTS = 64
+PATIENCE = 20  # trials, where patience is asked for without any limit
 RESERVE_SHARE = 0.25  # of the cap, for the endgame, unless budget.reserve says otherwise
 CLASS = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"  # a user's own class: module:Class
 
@@ -73,6 +74,21 @@ def _sampler(value: Any) -> Any:
     if not known and not (isinstance(value, str) and re.fullmatch(CLASS, value)):
         raise ValueError("is `tpe`, `gp`, `random`, `cmaes` or module:Class, an Optuna sampler of your own")
     return value
+
+
+def _warm_start(value: Any) -> Any:
+    if value in ("off", False):  # YAML's `off` is false
+        return "off"
+    if value != "auto" and not (isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)):
+        raise ValueError("is `auto`, `off` or a list of studies' names")
+    return value
+
+
+def _stop(value: Any) -> Any:
+    # YAML's `off` is false.
+    if value in ("off", False, None):
+        return {}
+    return {value: {}} if isinstance(value, str) else value
 
 
 def _metric(value: Any) -> Any:
@@ -143,7 +159,7 @@ class BudgetSpec(_Section):
     """The hard cap over everything the study spends, and what of it the search must leave."""
 
     cap: Usd
-    # For the endgame; not given, it is a quarter of the cap where configurations are confirmed (endgame.seeds), else 0.
+    # For the endgame; not given, it is a quarter of the cap where the endgame trains anything, else 0.
     reserve: Annotated[int, BeforeValidator(parse_usd), Field(ge=0), PlainSerializer(_exact)] = 0
 
     @model_validator(mode="after")
@@ -198,6 +214,8 @@ class SearchSpec(_Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     sampler: Annotated[str, BeforeValidator(_sampler)] = "tpe"  # where the priors leave the choice
     priors: str = Field(default="default", min_length=1)  # default, none, or a file that changes sweep/priors.yaml
+    # Earlier studies of the database whose best configurations are tried first; auto: those of a similar model or data.
+    warm_start: Annotated[tuple[str, ...] | str, BeforeValidator(_warm_start)] = "auto"
     first: tuple[FirstSpec, ...] | None = None  # tried before others; None: the priors' known-good configurations
 
     @model_validator(mode="after")
@@ -276,6 +294,40 @@ class EndgameSpec(_Section):
     seeds: int = Field(default=3, ge=0, le=20)  # of each confirmed configuration; 0: nothing is confirmed
     configurations: int = Field(default=3, ge=1, le=20)  # of each method that enter the race
     ranks: bool = False  # the best configuration of each LoRA rank enters too
+    finale: bool = True  # choose what is handed over; with finale_length, train the winner in full before
+    finale_length: float | None = Field(default=None, gt=0)  # epochs; None: search.epochs, which it has had already
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained after the search."""
+        return self.seeds > 0 or (self.finale and self.finale_length is not None)
+
+
+class PatienceSpec(_Section):
+    """Stop when the best trained trial was not improved on for so long, whichever comes first."""
+
+    trials: int | None = Field(default=None, ge=1)  # that trained since then, to whatever decision
+    dollars: Usd | None = None  # of training since then
+    tolerance: float = Field(default=0.002, ge=0, lt=1)  # relative: less is no improvement; two seeds differ by as much
+
+    @model_validator(mode="after")
+    def _some_limit(self) -> PatienceSpec:
+        if self.trials is None and self.dollars is None:
+            object.__setattr__(self, "trials", PATIENCE)  # frozen, but nobody has seen it yet
+        return self
+
+
+class UtilitySpec(_Section):
+    """Stop when nothing that can be paid is expected to be worth its price."""
+
+    dollars_per_percent: Usd  # what lowering the best loss by one percent is worth to you
+
+
+class StopSpec(_Section):
+    """When the search stops although there is money left; neither: never."""
+
+    patience: PatienceSpec | None = None
+    utility: UtilitySpec | None = None
 
 
 class Spec(_Section):
@@ -290,13 +342,21 @@ class Spec(_Section):
     objective: Annotated[ObjectiveSpec, BeforeValidator(_metric)] = ObjectiveSpec()
     full: FullSpec = FullSpec()
     endgame: EndgameSpec = EndgameSpec()
+    stop: Annotated[StopSpec, BeforeValidator(_stop)] = StopSpec()  # or off, patience
     seed: int = Field(default=0, ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _reserved(self) -> Spec:
-        if self.endgame.seeds and "reserve" not in self.budget.model_fields_set:
+        if self.endgame.trains and "reserve" not in self.budget.model_fields_set:
             budget = self.budget.model_copy(update={"reserve": int(self.budget.cap * RESERVE_SHARE)})
             object.__setattr__(self, "budget", budget)  # frozen, but nobody has seen it yet
+        return self
+
+    @model_validator(mode="after")
+    def _in_full(self) -> Spec:
+        length, epochs = self.endgame.finale_length, self.search.epochs
+        if length is not None and length < epochs:
+            raise ValueError(f"endgame.finale_length {length:g} is shorter than the search's longest run, {epochs:g}")
         return self
 
     def resolved(self) -> dict[str, Any]:

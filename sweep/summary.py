@@ -15,7 +15,7 @@ from budgets.ledger import Balances, Ledger, trial_account
 from budgets.money import MICROS
 from budgets.schema import transfer
 from budgets.statement import statement as draw_up
-from sweep import endgame, records, rungs, space, tables, triage
+from sweep import endgame, finale, records, rungs, space, tables, triage
 from sweep.endgame import Outcome
 from sweep.errors import NotFoundError
 from sweep.projection import Projector, projector_of
@@ -45,7 +45,8 @@ def trials(connection: Connection, name: str) -> list[dict[str, Any]]:
     metric = study.spec.objective.metric
     ranked = sorted(records.searched(rows), key=lambda t: _order(t, metric))
     place = {trial.number: n for n, trial in enumerate(ranked)}
-    ranked += sorted(records.confirmations(rows), key=lambda t: (place.get(t.run[0], len(rows)), t.run))
+    others = [trial for trial in rows if trial.source is not None]
+    ranked += sorted(others, key=lambda t: (place.get(t.run[0], len(rows)), t.run))
     balances = Ledger(connection, name).balances()
     curves: dict[int, list[dict[str, Any]]] = {}
     for row in records.evaluations(connection, name):
@@ -73,6 +74,7 @@ def _trial(trial: TrialRow, curve: list[dict[str, Any]], balances: Balances, las
         "number": trial.number,
         "label": trial.label,
         "source": trial.source,
+        "finale": trial.finale,
         "state": trial.state,
         "in_words": space.describe(trial.config),
         "config": config,
@@ -102,7 +104,8 @@ def best(connection: Connection, name: str) -> dict[str, Any]:
     if not ranked or ranked[0]["loss"] is None:
         raise NotFoundError(f"no trial of {name} was evaluated yet", f"watch it with `sweep status {name}`")
     rows = records.trials(connection, name)
-    won = endgame.outcome(study, records.searched(rows), records.confirmations(rows))
+    parts = records.searched(rows), records.confirmations(rows)
+    won, given = endgame.outcome(study, *parts), finale.deliverable(study, *parts, records.finales(rows))
     best = ranked[0] if won is None else next(t for t in ranked if t["number"] == won.source.number)
     finished = won is not None or best["full_loss"] is not None
     loss, base = (best["full_loss"], study.base_loss) if finished else (best["loss"], study.base_rung_loss)
@@ -120,6 +123,7 @@ def best(connection: Connection, name: str) -> dict[str, Any]:
         "metric": study.spec.objective.metric,
         "confirmed": won is not None,
         "confirmation": None if won is None else _confirmation(connection, name, won, ranked),
+        "deliverable": None if given is None else _deliverable(connection, name, given, ranked),
     }
 
 
@@ -146,6 +150,14 @@ def _confirmation(connection: Connection, name: str, won: Outcome, ranked: list[
         "cost": money(sum(run["cost"]["micros"] for run in runs)),
         "export": described[won.export.number],
     }
+
+
+def _deliverable(
+    connection: Connection, name: str, given: finale.Deliverable, ranked: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The run whose weights are handed over, why that one, and its own scores on the test rows."""
+    trial = next(trial for trial in ranked if trial["number"] == given.trial.number)
+    return {"trial": trial, "words": given.words, "test": _test_scores(connection, name).get(trial["number"])}
 
 
 def _spread(values: Sequence[Any]) -> dict[str, float]:
@@ -179,7 +191,8 @@ def statement(connection: Connection, name: str) -> dict[str, Any]:
             {"number": n, "label": records.label(n), "in_words": described[n][0], "state": described[n][1], **money(m)}
             for n, m in drawn.trials.items()
         ],
-        "confirmation": money(sum(m for n, m in drawn.trials.items() if n >= tables.CONFIRMATIONS)),
+        "confirmation": money(sum(drawn.trials.get(t.number, 0) for t in records.confirmations(rows))),
+        "finale": money(sum(drawn.trials.get(t.number, 0) for t in records.finales(rows))),
         "overhead": {centre: money(m) for centre, m in drawn.overhead.items()},
         "idle": money(drawn.idle),
         "spent": money(drawn.spent),
@@ -258,6 +271,7 @@ def status(connection: Connection, name: str, now_ms: dict[str, int] | None = No
         "micros_per_hour": study.micros_per_hour,
         "unit": study.unit,
         "phase": study.phase,
+        "stopped": study.facts.get("stopped"),
         "reserve": money(balances.reserve),
         "base_loss": study.base_loss,
         "trials": len(searched),
@@ -290,7 +304,7 @@ def _projected(
     rows = records.searched(rows)
     eta = study.spec.search.eta
     # With one at its end, nobody else of the search is brought there from the endgame's money.
-    over = study.phase == "endgame" and study.spec.endgame.seeds and any(t.state == "completed" for t in rows)
+    over = study.phase == "endgame" and study.spec.endgame.trains and any(t.state == "completed" for t in rows)
     to_end = 0.0 if over else triage.finish_seconds(rows, results, projector, eta)
     leader = rungs.leader(rows, results, eta) if to_end else None
     ahead = projector.ahead(running, leader, launch=worker is None or worker.state != "ready")

@@ -87,6 +87,12 @@ def affordable(
     return projected_spend(money, [*others, trial], projector) <= money.balances.cap
 
 
+def not_started(money: Funds, trial: TrialRow, projector: Projector) -> str:
+    """Says why a trial that was asked is not begun."""
+    end, left = usd(money.cost(projector.to_end(trial).mean)), usd(max(money.left_now, 0))
+    return f"not started: its end is forecast at {end}, with {left} left for it and those under way"
+
+
 def triage(
     money: Funds, trials: Sequence[TrialRow], results: Results, projector: Projector, eta: int
 ) -> list[tuple[TrialRow, str]]:

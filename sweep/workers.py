@@ -17,7 +17,7 @@ from budgets.ledger import IDLE, Ledger
 from budgets.money import usd
 from budgets.schema import hold
 from budgets.tariff import Tariff
-from sweep import records, seats, slices, space, tables
+from sweep import pricing, records, seats, slices, space, tables
 from sweep.apply import apply, end_attempt, rewind
 from sweep.audit import remember
 from sweep.errors import InvariantError, WorkerError
@@ -55,7 +55,7 @@ class Workers:
             slots = seats.slots(self.study, records.workers(connection, self.study.name))
         saved = {m: self.projector.checkpoint(m).mean * (slots if m == "lora" else 1) for m in search.method}
         load = self.projector.load()
-        confirms = self.study.phase == "endgame" and self.study.spec.endgame.seeds > 0
+        confirms = self.study.phase == "endgame" and self.study.spec.endgame.trains
         measured = self.projector.forecast.measured("load") > 0
         own = slices.slice_ms(cap, self.study.tariff.ceiling, max(saved.values()), self._longest_step(slots))
         return Lengths(
@@ -159,6 +159,20 @@ class Workers:
     def _remember(self) -> None:
         with self.store.read() as connection:
             remember(connection, self.study)
+
+    def follow_price(self, worker: WorkerRow | None, lengths: Lengths) -> bool:
+        """Puts the study, and its living worker, under a price that was changed since the last look; False: it is the
+        same."""
+        with self.store.read() as connection:
+            micros, ceiling, boot_id, boot_ms = pricing.newest(connection, self.study.name)
+        known = [self.study.tariff, *([worker.tariff] if worker else [])]
+        if not micros or all((tariff.now, tariff.ceiling) == (micros, ceiling) for tariff in known):
+            return False
+        with self.store.write() as connection:
+            self.study = records.own_study(connection, self.study.name, self.study.fence)
+            if worker is not None:
+                self.reprice(connection, worker, lengths, said_at=(boot_id, boot_ms))
+        return True
 
     def reprice(self, connection: Connection, worker: WorkerRow, lengths: Lengths, *, said_at: tuple[str, int]) -> None:
         """Puts a living worker under the study's new price, said at (boot id, ms since boot)."""

@@ -111,6 +111,8 @@ class Script:
     row_spread: float = 0.0
     forgetting: float = 0.0
     majority: float = 0.0
+    hidden_size: int | None = None  # these two are for the orchestrator, whose priors follow from them
+    model_type: str | None = None
     linear_shapes: list[list[int]] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     default: Curve | None = None

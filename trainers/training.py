@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from trainers.engine import Evaluation, Position
+from trainers.health import Health
 from trainers.messages import TrialConfig
 from trainers.splits import Split, cut
 
@@ -50,6 +51,7 @@ class Run:
     """How far a trial in a slot is; `batches` are the rows of each optimizer step."""
 
     config: TrialConfig
+    health: Health
     batches: list[NDArray[np.int64]]
     step: int = 0
     tokens: int = 0

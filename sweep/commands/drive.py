@@ -35,6 +35,8 @@ def drive(store: Store, name: str, cap: int | None, *, as_json: bool) -> None:
             rows = records.log_after(connection, name, max(last, seen))
         return [{"id": r.id, "unix_ms": r.unix_ms, "kind": r.kind, "trial": r.trial, "text": r.text} for r in rows]
 
+    for words in study.facts.get("warm_start", []) if study.fence else []:
+        click.echo(words, err=True)  # the plan of a launch has said it
     with store.drive(name, Path(study.folder)):
         run.take(store, name, cap)
         with live.follow(live.pick_mode(as_json), status, events_after) as view:
@@ -57,6 +59,8 @@ def conclude(store: Store, name: str) -> None:
             f"{usd(spent)} of {usd(cap)} are spent and no trial was trained to its end",
             f"sweep resume {name} --cap ... spends more; a smaller search.epochs needs less",
         )
+    if state["stopped"] is not None:
+        click.echo(f"the search had enough: {state['stopped']}. {usd(cap - spent)} of the cap stay with you", err=True)
     click.echo(
         f"study {name}: {state['trials']} trials, {usd(spent)} of {usd(cap)} spent. Next: sweep best {name}", err=True
     )

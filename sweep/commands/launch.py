@@ -36,7 +36,7 @@ def command(
     """
     from rich.console import Console
 
-    from sweep import launch, pricing
+    from sweep import finale, launch, pricing, warm_start
     from sweep.commands.drive import drive
     from sweep.launchers.local import LocalLauncher
     from sweep.plan import outline, settle
@@ -55,8 +55,11 @@ def command(
         facts = launch.look(wanted, folder)
         if not anyway:
             launch.compare_gpu(wanted, facts)
+        with store.read() as connection:
+            facts = warm_start.apply(connection, wanted, facts)
         wanted, facts = settle(wanted, facts, price)
         launch.settle_memory(store, wanted, facts)
+        facts["notes"] = [*facts["notes"], *finale.warnings(wanted, facts, price.unit, price.tariff.now)]
         drawn = outline(wanted, facts, price).as_json()
         tables.show_outline(Console(stderr=True), drawn, price.note, facts, wanted.machine.stop_command)
         if not yes and not click.confirm("Launch?", err=True):

@@ -65,9 +65,11 @@ def show_trials(console: Console, study: str, trials: list[dict[str, Any]], limi
         whole(console, f"{len(trials) - len(shown)} more: sweep trials {study}", "dim")
     if any(t["full_loss"] is not None for t in shown):
         say(console, "* loss over all validation rows; without a star over the rung's rows alone", "dim")
+    dot = "." if signs.ascii_only else "·"
     if any(t["source"] is not None for t in shown):
-        dot = "." if signs.ascii_only else "·"
         say(console, f"12{dot}2 is trial 12 once more, under the second of the new seeds that confirm it", "dim")
+    if any(t["finale"] for t in shown):
+        say(console, f"12{dot}0 is its finale: trained in full", "dim")
     if any(t["loss"] is None for t in shown):
         say(console, f"- no loss: not evaluated yet, or diverged; why: sweep show {study} NUMBER", "dim")
 
@@ -94,10 +96,12 @@ def show_best(console: Console, best: dict[str, Any], next_command: str) -> None
         rows[-1] = ("cost", f"{rows[-1][1]} in the search, {usd(confirmation['cost']['micros'])} to confirm it")
     rows.append(("trained", f"{trial['tokens']:,} tokens in {trial['step']:,} steps"))
     pairs(console, [*rows, *_parameters(trial)])
-    if confirmation is not None:
-        trial = confirmation["export"]
-        label = label_of(trial, glyphs(console))
-        say(console, f"what follows is run {label}, the best of its runs on the validation rows", "dim")
+    if best["deliverable"] is not None:
+        trial = best["deliverable"]["trial"]
+        words = f"what follows is run {label_of(trial, glyphs(console))}, {best['deliverable']['words']}"
+        say(console, words, "dim")
+        if trial["finale"] and best["deliverable"]["test"] is not None:
+            say(console, f"its own loss on the test rows: {figure(best['deliverable']['test']['loss'])}", "dim")
     _folder(console, trial)
     if trial["folder"] is not None:
         lora = trial["config"]["method"] == "lora"
@@ -131,7 +135,9 @@ def show_trial(console: Console, trial: dict[str, Any]) -> None:
     """Prints everything about one trial."""
     say(console, f"trial {label_of(trial, glyphs(console))}: {trial['in_words']}", "bold")
     rows = [("state", trial["state"]), ("reason", trial["reason"] or "-")]
-    if trial["source"] is not None:
+    if trial["finale"]:
+        rows.append(("finale", f"of trial {trial['source']}: trained in full"))
+    elif trial["source"] is not None:
         rows.append(("confirms", f"trial {trial['source']}, under another seed"))
     rows.append(("rung", f"{rung_of(trial)}, {trial['tokens']:,} tokens in {trial['step']:,} steps"))
     if trial["full_loss"] is not None:
@@ -248,6 +254,9 @@ def show_statement(console: Console, statement: dict[str, Any], *, everything: b
             console,
             f"confirmation: {usd(confirmed, 6)} of what was spent ({percent(confirmed / spent)}), under other seeds",
         )
+    if statement["finale"]["micros"]:
+        last = statement["finale"]["micros"]
+        say(console, f"finale: {usd(last, 6)} of what was spent ({percent(last / spent)}), the winner trained in full")
     for words in _machine(statement["machine"], statement["unit"], spent + overrun):
         say(console, words)
     if statement["occupancy"] is not None:
@@ -323,6 +332,9 @@ def show_status(console: Console, status: dict[str, Any]) -> None:
         console.print(row)
     console.print(state.best(console, status))
     console.print(state.counts(console, status))
+    if status["stopped"] is not None:
+        kept = usd(status["left"]["micros"])
+        say(console, f"the search had enough: {status['stopped']}; {kept} of the cap are left", "bold")
     for event in state.events(console, status, len(status["events"])):
         console.print(event)
 

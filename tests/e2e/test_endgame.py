@@ -168,6 +168,16 @@ def small(folder: Path) -> Path:
     return a_spec(folder, cap="$1", trials=6, rungs=[0.2], endgame={"seeds": 2, "configurations": 2})
 
 
+def died(point: int, when: str, spec: Path) -> bool:
+    """Launches a study in a process that kills itself at a commit; False if it came to its end before that one."""
+    command = [sys.executable, str(CRASH_AT), str(point), when, "launch", str(spec), "--yes"]
+    done = subprocess.run(
+        command, cwd=spec.parent, env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode != 0
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_at_commits_the_race_goes_on(tmp_path: Path, undisturbed: dict[str, Any], when: str) -> None:
     """Proves that decisions follow from the tables: killed at commits all over the race, the outcome is the same.
@@ -177,13 +187,8 @@ def test_killed_at_commits_the_race_goes_on(tmp_path: Path, undisturbed: dict[st
     in_the_race = 0
     for point in range(170 if when == "before" else 186, 300, 32):
         folder = tmp_path / str(point)
-        command = [sys.executable, str(CRASH_AT), str(point), when, "launch", str(small(folder)), "--yes"]
-        died = subprocess.run(
-            command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=60, check=False
-        )
-        if died.returncode == 0:
+        if not died(point, when, small(folder)):
             break
-        assert died.returncode == -signal.SIGKILL, died.stderr
         in_the_race += read(folder)["study"].phase == "endgame"
         sweep("resume", "words", cwd=folder)
         found = checked(folder)
@@ -193,18 +198,14 @@ def test_killed_at_commits_the_race_goes_on(tmp_path: Path, undisturbed: dict[st
     assert in_the_race >= 2
 
 
-@pytest.mark.parametrize("victim", ["worker", "all", "nobody"])
-def test_the_race_survives_its_worker(tmp_path: Path, victim: str) -> None:
-    """Proves recovery in the endgame: a killed worker's run goes on from its checkpoint; one that Ctrl-C stopped is
-    parked when more money lets the search go on, and goes on after it."""
-    spec = a_spec(tmp_path, cap="$0.5", timings=False, sleep=0.0004, trials=4, rungs=[0.2], endgame={"seeds": 2})
-    process, out = start("launch", str(spec), "--yes", cwd=tmp_path), tmp_path / "out.txt"
-    wait_for(lambda: "·2 starts" in out.read_text(), seconds=90)
-    running = pids(tmp_path)
+def struck(folder: Path, process: subprocess.Popen[str], victim: str) -> dict[str, Any]:
+    """Kills a running study's worker, or all its processes, or (nobody) stops it and raises its cap; what is found at
+    the end of it."""
+    running = pids(folder)
     if victim == "nobody":
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
-        assert read(tmp_path)["held"] == 0
+        assert read(folder)["held"] == 0
     elif victim == "all":
         process.kill()
         process.wait()
@@ -212,10 +213,20 @@ def test_the_race_survives_its_worker(tmp_path: Path, victim: str) -> None:
     if victim != "nobody":
         kill(running["worker"])
     if victim == "worker":
-        assert process.wait(timeout=120) == 0, out.read_text()
+        assert process.wait(timeout=120) == 0, (folder / "out.txt").read_text()
     else:
-        sweep("resume", "words", *(["--cap", "$0.8"] if victim == "nobody" else []), cwd=tmp_path)
-    found = checked(tmp_path)
+        sweep("resume", "words", *(["--cap", "$0.8"] if victim == "nobody" else []), cwd=folder)
+    return checked(folder)
+
+
+@pytest.mark.parametrize("victim", ["worker", "all", "nobody"])
+def test_the_race_survives_its_worker(tmp_path: Path, victim: str) -> None:
+    """Proves recovery in the endgame: a killed worker's run goes on from its checkpoint; one that Ctrl-C stopped is
+    parked when more money lets the search go on, and goes on after it."""
+    spec = a_spec(tmp_path, cap="$0.5", timings=False, sleep=0.0004, trials=4, rungs=[0.2], endgame={"seeds": 2})
+    process = start("launch", str(spec), "--yes", cwd=tmp_path)
+    wait_for(lambda: "·2 starts" in (tmp_path / "out.txt").read_text(), seconds=90)
+    found = struck(tmp_path, process, victim)
     assert len(found["workers"]) == 2
     confirmations = records.confirmations(found["trials"])
     assert len(confirmations) >= 4 and all(trial.state in ENDED for trial in confirmations)

@@ -106,6 +106,20 @@ def test_checkpointing_changes_no_loss(job: WorkerJob, bf16: bool, tmp_path: Pat
     assert curve(engine, 2) == runs[False][6:]
 
 
+def test_a_rate_that_destroys_the_model_is_given_up_early(job: WorkerJob) -> None:
+    """A loss that is finite, far above its start and not falling ends the trial long before a rung would; its slot is
+    free, and a usual rate goes on."""
+    engine = make(job)
+    engine.admit(full_trial(examples=2000, learning_rate=30.0, warmup=0.0), None, None)
+    with pytest.raises(TrialFailed, match=r"above the|not falling|gradient norm") as failure:
+        curve(engine, 2)
+    assert failure.value.code == "diverged"
+    step = int(str(failure.value).split()[1].rstrip(":"))
+    assert step <= 0.05 * 2000 / full_trial().batch_size
+    engine.admit(full_trial(), None, None)
+    assert len(curve(engine, 2)) > 5
+
+
 def test_rows_are_scored_one_by_one(job: WorkerJob) -> None:
     """Scores are the losses that transformers gives the rows alone, for trial and base; they sum to the evaluation."""
     engine = make(job)

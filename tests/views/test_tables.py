@@ -11,7 +11,17 @@ import pytest
 import yaml
 from rich.cells import cell_len
 from rich.console import Console
-from view_samples import a_best, a_confirmation, a_statement, a_status, a_trial, an_outline, money, some_trials
+from view_samples import (
+    a_best,
+    a_confirmation,
+    a_confirmed_best,
+    a_statement,
+    a_status,
+    a_trial,
+    an_outline,
+    money,
+    some_trials,
+)
 
 from sweep.views import tables
 
@@ -33,16 +43,17 @@ def copied(line: str) -> bool:
     return "/srv/studies/" in line
 
 
+REPEATED = [*a_confirmation(4)["runs"], a_confirmed_best(4)["deliverable"]["trial"]]
+
 VIEWS: dict[str, Show] = {
     "trials": lambda c: tables.show_trials(c, "words", some_trials(60), None),
     "few trials": lambda c: tables.show_trials(c, "words", some_trials(12), 5),
     "no trials": lambda c: tables.show_trials(c, "words", [], None),
     "best": lambda c: tables.show_best(c, a_best(a_trial(4)), "sweep show words 4"),
-    "best confirmed": lambda c: tables.show_best(
-        c, a_best(a_trial(4)) | {"confirmed": True, "confirmation": a_confirmation(4)}, "sweep show words 4"
-    ),
+    "best confirmed": lambda c: tables.show_best(c, a_confirmed_best(4), "sweep show words 4"),
+    "finale": lambda c: tables.show_trial(c, a_confirmed_best(4)["deliverable"]["trial"]),
     "confirmation": lambda c: tables.show_trial(c, a_confirmation(4)["runs"][1] | {"metric": 0.5, "metric_error": 0.1}),
-    "confirmations": lambda c: tables.show_trials(c, "words", [*some_trials(4), *a_confirmation(4)["runs"]], None),
+    "confirmations": lambda c: tables.show_trials(c, "words", [*some_trials(4), *REPEATED], None),
     "best paused": lambda c: tables.show_best(c, a_best(a_trial(3, "paused"), None), "sweep show words 3"),
     "trial": lambda c: tables.show_trial(c, a_trial(4)),
     "diverged": lambda c: tables.show_trial(c, a_trial(5, "pruned", diverged=True)),
@@ -51,6 +62,9 @@ VIEWS: dict[str, Show] = {
     "status": lambda c: tables.show_status(c, a_status([a_trial(2), a_trial(3, "live"), a_trial(8, "waiting")])),
     "huge status": lambda c: tables.show_status(
         c, a_status([a_trial(2, "live", cost=10**14)], cap=10**15, frozen=True)
+    ),
+    "status of a search that has enough": lambda c: tables.show_status(
+        c, a_status([a_trial(2)], stopped="trial 2 was not improved on by more than 0.2 % over 20 trials")
     ),
     "empty status": lambda c: tables.show_status(c, a_status([], cap=3)),
     "outline": lambda c: tables.show_outline(c, an_outline(200_000_000)[0], "a note", an_outline(1)[1], None),
@@ -166,7 +180,7 @@ def test_a_statement_adds_up(costs: list[int], cap: int, everything: bool, width
     assert sum(parts) == found["SPENT"][0] == Decimal(statement["spent"]["usd"])
     assert sum(found[name][0] for name in ("SPENT", "held", "left")) == found["CAP"][0]
     assert len(found.get("trial", [])) == (len(costs) if everything else min(len(costs), 15))
-    ends = {match.end() for match in re.finditer(r"(?m)^(?!machine|confirmation).*?[\d,]+\.\d{6}\b", text)}
+    ends = {match.end() for match in re.finditer(r"(?m)^(?!machine|confirmation|finale).*?[\d,]+\.\d{6}\b", text)}
     ends = {end - text.rindex("\n", 0, end) for end in ends}
     assert len(ends) == 1  # the points stand in line
     assert f"= ${Decimal(statement['spent']['usd']):,.6f}" in text

@@ -34,6 +34,7 @@ from trainers.engine import Evaluation, Position, TrialFailed
 from trainers.full import optimizers, weights
 from trainers.full.distributed import Ensemble
 from trainers.full.replica import Options, Replica, Saved
+from trainers.health import Health
 from trainers.messages import FailureCode, TrialConfig, WorkerJob
 from trainers.models import Base, ModelError
 from trainers.splits import Split, batches
@@ -127,7 +128,9 @@ class FullEngine:
             moments = load_tensors(checkpoint / OPTIMIZER)
             saved = Saved(state.step, weights.read(checkpoint), moments, str(checkpoint / OPTIMIZER))
         self._trained.open(config, saved)
-        return Run(config=config, batches=batches(config, rows), step=state.step, tokens=state.tokens)
+        plan = batches(config, rows)
+        health = Health(len(plan), resumed=state.step > 0)
+        return Run(config=config, batches=plan, health=health, step=state.step, tokens=state.tokens)
 
     def target(self, trial: int, until_tokens: int | None) -> None:
         """Sets where the trial stands still next; None is its end."""
@@ -176,14 +179,14 @@ class FullEngine:
         self._settle(run, _REPORTS_AHEAD)
 
     def _settle(self, run: Run, ahead: int) -> None:
-        """Reads the figures of all but the last `ahead` steps. Raises TrialFailed where one is not finite."""
+        """Reads the figures of all but the last `ahead` steps. Raises TrialFailed where they say that it is lost."""
         while len(self._reports) > ahead:
             step = run.step - len(self._reports) + 1
             loss, norm = self._reports.popleft().read()
             run.losses.append(loss)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            if (why := run.health.watch(loss, norm)) is not None:
                 self._release()
-                raise TrialFailed(run.config.number, "diverged", f"step {step}: loss {loss:g}, gradient norm {norm:g}")
+                raise TrialFailed(run.config.number, "diverged", f"step {step}: {why}")
 
     def _attempt(self, trial: int | None, doing: str, call: Callable[[], T]) -> T:
         """What `call` returns. A lack of memory ends the trial: TrialFailed is raised, and the slot is free."""

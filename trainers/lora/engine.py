@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 from trainers.checkpoints import CheckpointError, State, holds, read_state, write_folder, write_state
 from trainers.engine import Evaluation, Position, TrialFailed
 from trainers.generation import greedy
+from trainers.health import Health
 from trainers.lora import adapter_files, packing
 from trainers.lora.adapted import adapted
 from trainers.lora.bank import Layout, Slot
 from trainers.lora.head import score
-from trainers.lora.health import Health
 from trainers.lora.linear import PackedGroup, pack, unpack
 from trainers.lora.models import find_groups
 from trainers.lora.packing import Batch
@@ -49,7 +49,6 @@ class Live(Run):
 
     index: int
     slot: Slot
-    health: Health
     batch: Batch | None = None
 
 

@@ -1,4 +1,4 @@
-"""Says when a trial is lost: not finite, or worse than where it started for long."""
+"""Says when a trial is lost: not finite, worse than where it started for long, or clearly so for a short time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ DECAY = 0.8  # of the smoothed loss
 PATIENCE = 0.1  # share of the run that a loss may stay above its start, and at least
 MIN_PATIENCE = 20  # steps
 MARGIN = 0.1  # nats above the start that noise between batches explains
+# A loss that is CLEAR nats above the start, step by step, and does not fall needs no such patience.
+CLEAR = 0.5
+CLEAR_SHARE, MIN_CLEAR = 0.02, 10  # of the run, and steps at least
+FALLING = 5  # steps over which a loss that comes down again shows it
 EXPLODED = 1000.0  # times the usual gradient norm
 _HISTORY = 50
 
@@ -28,6 +32,8 @@ class Health:
     start: float = 0.0
     smooth: float = math.nan
     above: int = 0
+    solid: int = 0
+    recent: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
 
     def watch(self, loss: float, norm: float) -> str | None:
@@ -40,10 +46,15 @@ class Health:
         self.smooth = loss if math.isnan(self.smooth) else DECAY * self.smooth + (1 - DECAY) * loss
         worse = not self.resumed and self.smooth > self.start + MARGIN
         self.above = self.above + 1 if worse else 0
+        self.solid = self.solid + 1 if worse and loss > self.start + MARGIN else 0
+        self.recent = [*self.recent[-FALLING:], self.smooth]
         usual = statistics.median(self.norms) if len(self.norms) >= 10 else math.inf
         self.norms = [*self.norms[-_HISTORY:], norm]
         if worse and norm > EXPLODED * usual:
             return f"gradient norm {norm:.3g}, usually {usual:.3g}, and loss {self.smooth:.3g} above {self.start:.3g}"
+        clear = self.smooth > self.start + CLEAR and self.smooth >= self.recent[0]
+        if clear and self.solid >= max(MIN_CLEAR, CLEAR_SHARE * self.steps):
+            return f"loss {self.smooth:.3g} and not falling for {self.solid} steps, it started from {self.start:.3g}"
         if self.above >= max(MIN_PATIENCE, PATIENCE * self.steps):
             return f"loss {self.smooth:.3g} for {self.above} steps, above the {self.start:.3g} it started from"
         return None
