@@ -10,11 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from budgets.ledger import Ledger
-from budgets.money import usd
 from sweep import current, endgame, feasibility, pricing, records, rungs, seats, space, tables, telling, triage
+from sweep.allocation import allocation_of
 from sweep.apply import apply
 from sweep.current import Current
 from sweep.endgame import Race
@@ -66,6 +67,7 @@ class Sweep:
             self.study = records.study(connection, name)
             self.projector = projector_of(self.study, connection)
         self._policy = rungs.policy(self.study.spec.search, self.projector.plan.shares)
+        self.allocation = allocation_of(self.study, self.projector.plan.shares)
         self.workers = Workers(store, self.study, launcher, self.projector)
         self.instructor = Instructor(launcher, self.projector.plan)
         self.asked_to = stopping
@@ -237,15 +239,19 @@ class Sweep:
                 self._decide(trial, *self._trials())
 
     def _decide(self, trial: TrialRow, trials: list[TrialRow], results: Results) -> None:
-        search = self.study.spec.search
+        can_pause = trial.config.method == "lora" or self.projector.parking_pays(trial)
         judgement = rungs.judge(
             trial,
             results,
             last=self.projector.plan.last,
-            eta=search.eta,
+            eta=self.study.spec.search.eta,
             base_loss=self.study.base_rung_loss,
-            can_pause=trial.config.method == "lora" or self.projector.parking_pays(trial),
+            can_pause=can_pause,
         )
+        if self.allocation.decides and can_pause and judgement.verdict in {"promote", "pause"}:
+            newcomer = next(iter(self._newcomers(trials)), None)
+            goes_on = self.allocation.goes_on(trial, trials, results, self.projector, newcomer)
+            judgement = replace(judgement, verdict="promote" if goes_on else "pause")
         if trial.source is None and trial.loss is not None and not judgement.diverged:
             self.memory.report(trial.number, trial.rung, trial.loss)
         match judgement.verdict:
@@ -316,6 +322,7 @@ class Sweep:
             if not (
                 self._wake(trials, results)
                 or self._ask(trials, results)
+                or self._wake(trials, results, instead=True)
                 or self._finish(trials, results)
                 or (not self._now().anybody_runs and self._begin_endgame())
                 or self._confirm()
@@ -376,10 +383,15 @@ class Sweep:
             self._park()
             self._stopping = not self._begin_endgame()
 
-    def _wake(self, trials: list[TrialRow], results: Results) -> bool:
-        trial = rungs.promotable(trials, results, self.study.spec.search.eta)
+    def _wake(self, trials: list[TrialRow], results: Results, *, instead: bool = False) -> bool:
+        """Thaws the trial that has earned it; `instead` of a new one, where none can be asked."""
         if self.study.phase != "search":
             return False
+        if self.allocation.decides:
+            newcomer = None if instead else next(iter(self._newcomers(trials)), None)
+            trial = self.allocation.thaw(trials, results, self.projector, newcomer)
+        else:
+            trial = rungs.promotable(trials, results, self.study.spec.search.eta)
         return trial is not None and self._promote(trial, trials, results, "promoted")
 
     def _finish(self, trials: list[TrialRow], results: Results) -> bool:
@@ -412,20 +424,26 @@ class Sweep:
         money = self._funds(joined, results)
         return triage.affordable(trial, joined, results, money, self.projector, self.study.spec.search.eta)
 
+    def _newcomers(self, trials: list[TrialRow]) -> list[TrialRow]:
+        """The cheapest trial of each method, if any may be asked."""
+        search, number = self.study.spec.search, len(trials)
+        if self.study.phase != "search" or self._refused >= MAX_REFUSED or feasibility.exhausted(trials):
+            return []
+        if search.trials is not None and number >= search.trials:
+            return []
+        examples, seed = self.projector.plan.examples, self.study.spec.seed
+        return [records.newcomer(space.typical(method, search, examples, seed, number)) for method in search.method]
+
     def _ask(self, trials: list[TrialRow], results: Results) -> bool:
         """Asks for a new trial; True if there is one more to consider."""
-        search = self.study.spec.search
-        if self.study.phase != "search" or self._refused >= MAX_REFUSED or feasibility.exhausted(trials):
-            return False
-        if search.trials is not None and len(trials) >= search.trials:
-            return False
-        number = len(trials)
+        search, examples, seed = self.study.spec.search, self.projector.plan.examples, self.study.spec.seed
+        number, cheapest = len(trials), self._newcomers(trials)
         # If not even the cheapest configuration can be paid, nothing is asked.
-        examples, seed = self.projector.plan.examples, self.study.spec.seed
-        cheapest = [space.typical(method, search, examples, seed, number) for method in search.method]
-        if not any(self._affordable(records.newcomer(config), trials, results) for config in cheapest):
+        if not any(self._affordable(newcomer, trials, results) for newcomer in cheapest):
             return False
-        _, chosen = self.memory.ask(number, lambda trial: space.suggest(trial, search), *feasibility.view(trials))
+        model = partial(self.allocation.propose, number, trials, results)
+        suggest = partial(space.suggest, search=search)
+        _, chosen = self.memory.ask(number, suggest, *feasibility.view(trials), model=model)
         config = space.config(number, chosen, search, examples, seed)
         hopeless = feasibility.refusal(config, trials)
         affordable = self._affordable(records.newcomer(config), trials, results)
@@ -437,9 +455,7 @@ class Sweep:
             self._end(records.newcomer(config), "failed", hopeless)
         elif not affordable:
             money = self._funds(trials, results)
-            end = usd(money.cost(self.projector.to_end(records.newcomer(config)).mean))
-            left = usd(max(money.left_now, 0))
-            reason = f"not started: its end is forecast at {end}, with {left} left for it and those under way"
+            reason = triage.not_started(money, records.newcomer(config), self.projector)
             self._end(records.newcomer(config), "pruned", reason)
         return True
 

@@ -69,9 +69,9 @@ def _rungs(value: Any) -> Any:
 
 
 def _sampler(value: Any) -> Any:
-    known = value in ("tpe", "gp", "random", "cmaes")
+    known = value in ("curves", "tpe", "gp", "random", "cmaes")
     if not known and not (isinstance(value, str) and re.fullmatch(CLASS, value)):
-        raise ValueError("is `tpe`, `gp`, `random`, `cmaes` or module:Class, an Optuna sampler of your own")
+        raise ValueError("is `curves`, `tpe`, `gp`, `random`, `cmaes` or module:Class, an Optuna sampler of your own")
     return value
 
 
@@ -192,11 +192,12 @@ class SearchSpec(_Section):
     live: int = Field(default=4, ge=1)  # trials that take turns; never fewer than the worker has slots
     rungs: Rungs = (0.05, 0.1, 0.2, 0.4)  # shares of the longest run at which trials are compared, or a policy
     eta: int = Field(default=2, ge=2)  # one in eta goes on from a rung
+    promote: Literal["curves", "halving"] = "curves"  # who goes on: as a model of the curves says, or one in eta
     warmup: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    sampler: Annotated[str, BeforeValidator(_sampler)] = "tpe"  # where the priors leave the choice
+    sampler: Annotated[str, BeforeValidator(_sampler)] = "curves"  # where the priors leave the choice
     priors: str = Field(default="default", min_length=1)  # default, none, or a file that changes sweep/priors.yaml
     first: tuple[FirstSpec, ...] | None = None  # tried before others; None: the priors' known-good configurations
 

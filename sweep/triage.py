@@ -86,6 +86,14 @@ def affordable(
     return projected_spend(money, [*others, trial], projector) <= money.balances.cap
 
 
+def not_started(money: Funds, trial: TrialRow, projector: Projector) -> str:
+    """Why a trial that was asked is not trained, in words."""
+    end = usd(money.cost(projector.to_end(trial).mean))
+    return (
+        f"not started: its end is forecast at {end}, with {usd(max(money.left_now, 0))} left for it and those under way"
+    )
+
+
 def triage(
     money: Funds, trials: Sequence[TrialRow], results: Results, projector: Projector, eta: int
 ) -> list[tuple[TrialRow, str]]:
