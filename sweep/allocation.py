@@ -23,13 +23,13 @@ from sweep.curves import TINY, Array, Curves, Outlook, Points, rates, standardis
 from sweep.projection import Projector
 from sweep.proposals import anything, near
 from sweep.records import RUNNING, Study, TrialRow
-from sweep.rungs import Results
+from sweep.rungs import DERIVED, Results
 from sweep.spec import RangeSpec, SearchSpec
 from trainers.messages import TrialConfig
 
 STARTED = 4  # configurations with a loss before the model is asked
 MODELLED = 256  # trials that the model knows at most: those that came farthest, then the best
-PRICED = 32  # paused trials whose next step is priced: those that might end best
+PRICED = 12  # paused trials whose next step is priced: those that might end best
 DRAWN, NEAR_EACH, NEARBY = 50, 10, 3  # candidates anywhere, and near each of so many promising trials
 NEWCOMER = 0.5  # the quantile of the candidates' rates that a new configuration counts with
 OPTIMISM = 2.0  # standard deviations by which the trials to be priced are chosen
@@ -52,7 +52,7 @@ class Allocation:
 
     def __init__(self, search: SearchSpec, shares: Sequence[float], seed: int) -> None:
         """Decides by the model of curves unless the spec says otherwise, or has a policy of its own."""
-        self.decides = search.promote == "curves" and (not isinstance(search.rungs, str) or search.rungs == "halving")
+        self.decides = search.promote == "curves" and (not isinstance(search.rungs, str) or search.rungs in DERIVED)
         self._search, self._seed = search, seed
         self._lengths = np.log([*shares, 1.0])
         self._features: dict[TrialConfig, Array] = {}

@@ -94,7 +94,7 @@ class Curves:
         has these features. What is not known of all alike cancels out."""
         near = END**2 * _alike(points.features, features[None])[:, 0] + ANYTHING**2
         shared = near - outlook.against.T @ reference.against[:, other]
-        return np.maximum(outlook.variance + reference.variance[other] - 2 * shared, TINY)
+        return np.asarray(np.maximum(outlook.variance + reference.variance[other] - 2 * shared, TINY))
 
     def _fading(self, lengths: Array) -> Array:
         return np.asarray(np.sqrt(lengths / self._first))

@@ -63,8 +63,10 @@ def _slots(value: Any) -> Any:
 def _rungs(value: Any) -> Any:
     if value == "none":
         return ()
-    if isinstance(value, str) and value not in {"halving", "hyperband"} and not re.fullmatch(CLASS, value):
-        raise ValueError("is a list of shares such as [0.1, 0.3], `halving`, `hyperband`, `none` or module:Class")
+    if isinstance(value, str) and value not in {"auto", "halving", "hyperband"} and not re.fullmatch(CLASS, value):
+        raise ValueError(
+            "is a list of shares such as [0.1, 0.3], `auto`, `halving`, `hyperband`, `none` or module:Class"
+        )
     return value
 
 
@@ -190,7 +192,7 @@ class SearchSpec(_Section):
     epochs: float = Field(default=1.0, gt=0)  # the longest run; a part of an epoch is fine
     trials: int | None = Field(default=None, ge=1)  # at most this many; None: what the cap pays for
     live: int = Field(default=4, ge=1)  # trials that take turns; never fewer than the worker has slots
-    rungs: Rungs = (0.05, 0.1, 0.2, 0.4)  # shares of the longest run at which trials are compared, or a policy
+    rungs: Rungs = "auto"  # shares of the longest run at which trials are compared, or a policy
     eta: int = Field(default=2, ge=2)  # one in eta goes on from a rung
     promote: Literal["curves", "halving"] = "curves"  # who goes on: as a model of the curves says, or one in eta
     warmup: float = Field(default=0.05, ge=0, lt=1)

@@ -163,7 +163,7 @@ def test_a_missing_package_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
     """Proves that a sampler whose package is not there is refused in one line that says what to install."""
     monkeypatch.setattr(study, "NEEDS", {"tpe": ("no_such_package_1", "optuna")})
     with pytest.raises(SpecError, match=r"search\.sampler tpe needs no_such_package_1") as caught:
-        study.check_sampler(SearchSpec())
+        study.check_sampler(SearchSpec(sampler="tpe"))
     assert caught.value.hint == "pip install no_such_package_1"
 
 
