@@ -159,8 +159,8 @@ class Allocation:
         apart = view.model.apart(points, outlook, at, view.outlook, view.points.features[at])
         apart = np.where(points.trials == view.points.trials[at], outlook.variance, apart)
         apart = np.minimum(apart, outlook.variance)
-        ends = rest <= 0
-        explained = np.where(ends, apart, np.minimum(outlook.explained, apart))
+        # A step to the end is not looked at halfway: all of it is improvement.
+        explained = np.where(rest <= 0, 0.0, np.minimum(outlook.explained, apart))
         return rates(float(view.outlook.mean[at]), outlook.mean, explained, apart - explained, step, rest)
 
     # Configurations

@@ -32,6 +32,7 @@ LEVEL, NOISE = 1.0, 0.1  # between rungs, and of one evaluation
 ANYTHING = 10.0  # of the level of all
 ALIKE = 1.5  # in log length: how far apart two rungs may be and still be off alike
 RATE_WIDTH, WIDTH = 0.25, 1.0  # how far neighbours are: in the learning rate, in everything else
+FLOOR = 0.002  # of the unit, in log loss: two seeds of one configuration differ by as much
 SPREAD = 0.7  # of the distance between the median and the best that is one unit
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(11)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
@@ -69,7 +70,7 @@ class Curves:
 
     def __init__(self, seen: Points, losses: Array, first: float) -> None:
         """`losses` are standardised (see `standardised`), `first` is the log of the first rung's share."""
-        self._seen, self._first = seen, first
+        self._seen, self._first = seen, first if first < 0 else -1.0  # without rungs all is seen at the end
         covariance = self._covariance(seen, seen)
         covariance[np.diag_indices(len(seen))] += NOISE**2
         self._root = np.linalg.cholesky(covariance)
@@ -122,7 +123,7 @@ def standardised(losses: Array, first: Array) -> Array:
     """
     logs, there = np.log(np.maximum(losses, TINY)), np.log(np.maximum(first, TINY))
     middle, best = float(np.median(there)), float(there.min())
-    unit = max(middle - best, TINY)
+    unit = max(middle - best, FLOOR)
     return np.asarray((np.minimum(logs, middle + unit) - middle) / (SPREAD * unit))
 
 
@@ -144,8 +145,8 @@ def _below(z: Array) -> Array:
 def rates(best: float, mean: Array, explained: Array, left: Array, price: Array, rest: Array) -> Array:
     """What each next step is worth a dollar: the rate r at which E[max(EI(after it) - r rest, 0)] = r price.
 
-    `explained` is the variance that the step takes away and `left` what stays until the end; `price` is the step's and
-    `rest` what then leads to the end (0 where the step leads there). All are (n,).
+    `explained` is the variance that is known after the step and `left` what stays until the end; `price` is the step's
+    and `rest` what then leads to the end (0 where the step leads there). All are (n,).
     """
     steps = mean[:, None] + np.sqrt(explained)[:, None] * NODES
     gains = expected_improvement(best, steps, np.sqrt(left)[:, None])
