@@ -23,7 +23,7 @@ from sweep.curves import TINY, Array, Curves, Outlook, Points, rates, standardis
 from sweep.projection import Projector
 from sweep.proposals import anything, near
 from sweep.records import RUNNING, Study, TrialRow
-from sweep.rungs import DERIVED, Results
+from sweep.rungs import DERIVED, Judgement, Results, promotable
 from sweep.spec import RangeSpec, SearchSpec
 from trainers.messages import TrialConfig
 
@@ -59,19 +59,22 @@ class Allocation:
         self._last: tuple[Any, _View | None] = (None, None)
 
     def thaw(
-        self, trials: Sequence[TrialRow], results: Results, projector: Projector, newcomer: TrialRow | None
+        self, trials: Sequence[TrialRow], results: Results, projector: Projector, newcomers: Sequence[TrialRow]
     ) -> TrialRow | None:
-        """The paused trial that deserves the next dollar; None if `newcomer`, a typical new trial, deserves it more.
+        """The paused trial that deserves the next dollar; None if a new trial deserves it more.
 
-        Without a newcomer it is the best of the paused ones, None if there are none.
+        `newcomers` are what new ones may cost. Without any it is the best of the paused ones, None if there are none.
+        Where the model does not decide, it is who has earned the next rung by its place.
         """
+        if not self.decides:
+            return promotable(trials, results, self._search.eta)
         view = self._view(trials, results)
         if view is None:
             return None
         chosen, rate = self._best_paused(view, projector)
-        if chosen is None or newcomer is None:
+        if chosen is None or not newcomers:
             return chosen
-        step, rest = _price(newcomer, projector)
+        step, rest = min(_price(newcomer, projector) for newcomer in newcomers)
         fresh = self._candidates(len(trials), view)
         return chosen if rate >= float(np.quantile(self._rates(view, fresh, step, rest), NEWCOMER)) else None
 
@@ -84,18 +87,22 @@ class Allocation:
         first = math.exp(self._lengths[0])
         return fresh[int(np.argmax(self._rates(view, fresh, first, 1 - first)))]
 
-    def goes_on(
+    def review(
         self,
+        judgement: Judgement,
         trial: TrialRow,
         trials: Sequence[TrialRow],
         results: Results,
         projector: Projector,
-        newcomer: TrialRow | None,
-    ) -> bool:
-        """Whether a trial that stands at a rung deserves the next dollar itself."""
+        newcomers: Sequence[TrialRow],
+    ) -> Judgement:
+        """What becomes of a trial at a rung: it goes on if it deserves the next dollar itself, else it pauses."""
+        if not self.decides or judgement.verdict not in {"promote", "pause"}:
+            return judgement
         standing = [replace(t, state="paused") if t.number == trial.number else t for t in trials]
-        chosen = self.thaw(standing, results, projector, newcomer)
-        return chosen is not None and chosen.number == trial.number
+        chosen = self.thaw(standing, results, projector, newcomers)
+        goes_on = chosen is not None and chosen.number == trial.number
+        return replace(judgement, verdict="promote" if goes_on else "pause")
 
     # What the model is asked
 

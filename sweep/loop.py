@@ -248,10 +248,9 @@ class Sweep:
             base_loss=self.study.base_rung_loss,
             can_pause=can_pause,
         )
-        if self.allocation.decides and can_pause and judgement.verdict in {"promote", "pause"}:
-            newcomer = next(iter(self._newcomers(trials)), None)
-            goes_on = self.allocation.goes_on(trial, trials, results, self.projector, newcomer)
-            judgement = replace(judgement, verdict="promote" if goes_on else "pause")
+        if can_pause:
+            known = trials, results, self.projector, feasibility.newcomers(self.study, trials)
+            judgement = self.allocation.review(judgement, trial, *known)
         if trial.source is None and trial.loss is not None and not judgement.diverged:
             self.memory.report(trial.number, trial.rung, trial.loss)
         match judgement.verdict:
@@ -264,8 +263,7 @@ class Sweep:
             case "promote":
                 # Another one's turn, unless swapping costs more than it gives.
                 others = any(t.state == "waiting" for t in trials)
-                yields = others and (trial.config.method == "lora" or self.projector.parking_pays(trial))
-                state, turn = ("waiting", records.next_turn(trials)) if yields else ("live", trial.turn)
+                state, turn = ("waiting", records.next_turn(trials)) if others and can_pause else ("live", trial.turn)
                 self._change(trial, state, f"promoted: {judgement.reason}", target=trial.rung + 1, turn=turn)
 
     def _change(self, trial: TrialRow, state: str, reason: str, **values: int) -> None:
@@ -387,11 +385,8 @@ class Sweep:
         """Thaws the trial that has earned it; `instead` of a new one, where none can be asked."""
         if self.study.phase != "search":
             return False
-        if self.allocation.decides:
-            newcomer = None if instead else next(iter(self._newcomers(trials)), None)
-            trial = self.allocation.thaw(trials, results, self.projector, newcomer)
-        else:
-            trial = rungs.promotable(trials, results, self.study.spec.search.eta)
+        newcomers = [] if instead else feasibility.newcomers(self.study, trials)
+        trial = self.allocation.thaw(trials, results, self.projector, newcomers)
         return trial is not None and self._promote(trial, trials, results, "promoted")
 
     def _finish(self, trials: list[TrialRow], results: Results) -> bool:
@@ -424,26 +419,15 @@ class Sweep:
         money = self._funds(joined, results)
         return triage.affordable(trial, joined, results, money, self.projector, self.study.spec.search.eta)
 
-    def _newcomers(self, trials: list[TrialRow]) -> list[TrialRow]:
-        """The cheapest trial of each method, if any may be asked."""
-        search, number = self.study.spec.search, len(trials)
-        if self.study.phase != "search" or self._refused >= MAX_REFUSED or feasibility.exhausted(trials):
-            return []
-        if search.trials is not None and number >= search.trials:
-            return []
-        examples, seed = self.projector.plan.examples, self.study.spec.seed
-        return [records.newcomer(space.typical(method, search, examples, seed, number)) for method in search.method]
-
     def _ask(self, trials: list[TrialRow], results: Results) -> bool:
         """Asks for a new trial; True if there is one more to consider."""
         search, examples, seed = self.study.spec.search, self.projector.plan.examples, self.study.spec.seed
-        number, cheapest = len(trials), self._newcomers(trials)
+        number, cheapest = len(trials), feasibility.newcomers(self.study, trials)
         # If not even the cheapest configuration can be paid, nothing is asked.
-        if not any(self._affordable(newcomer, trials, results) for newcomer in cheapest):
+        if self._refused >= MAX_REFUSED or not any(self._affordable(one, trials, results) for one in cheapest):
             return False
-        model = partial(self.allocation.propose, number, trials, results)
-        suggest = partial(space.suggest, search=search)
-        _, chosen = self.memory.ask(number, suggest, *feasibility.view(trials), model=model)
+        ask, model = partial(space.suggest, search=search), partial(self.allocation.propose, number, trials, results)
+        _, chosen = self.memory.ask(number, ask, *feasibility.view(trials), model)
         config = space.config(number, chosen, search, examples, seed)
         hopeless = feasibility.refusal(config, trials)
         affordable = self._affordable(records.newcomer(config), trials, results)

@@ -14,7 +14,7 @@ import pytest
 import surfaces
 
 from benchmarks import replay, synthetic
-from sweep import space
+from sweep import feasibility, space
 from sweep.allocation import Allocation, allocation_of
 from sweep.curves import Curves, Points, expected_improvement, rates, standardised
 from sweep.loop import Sweep
@@ -58,7 +58,7 @@ def crossing() -> tuple[list[TrialRow], Results]:
 def test_a_late_bloomer_is_thawed() -> None:
     """Proves that curves may cross: whose neighbours ended best goes on, though its first loss is the worst."""
     trials, results = crossing()
-    chosen = Allocation(SEARCH, SHARES, 0).thaw(trials, results, projector(), None)
+    chosen = Allocation(SEARCH, SHARES, 0).thaw(trials, results, projector(), [])
     assert chosen is not None and chosen.number == 7
     assert results.rank(7, 0) == (8, 8), "halving would have left it where it is"
 
@@ -67,7 +67,7 @@ def test_a_leader_is_thawed_where_curves_do_not_cross() -> None:
     """Proves that an early loss counts where nothing says that it misleads."""
     trials = [trial(n, rate, 0) for n, rate in enumerate(np.geomspace(1e-5, 5e-3, 9))]
     results = Results([(n, 0, 1.5 - 0.05 * n if n != 4 else 0.9) for n in range(9)])
-    chosen = Allocation(SEARCH, SHARES, 0).thaw(trials, results, projector(), None)
+    chosen = Allocation(SEARCH, SHARES, 0).thaw(trials, results, projector(), [])
     assert chosen is not None and chosen.number == 4
 
 
@@ -76,11 +76,11 @@ def test_who_runs_or_diverged_is_not_thawed() -> None:
     trials, results = crossing()
     busy = [replace(t, state="live") if t.state == "paused" else t for t in trials]
     allocation = Allocation(SEARCH, SHARES, 0)
-    assert allocation.thaw(busy, results, projector(), None) is None
+    assert allocation.thaw(busy, results, projector(), []) is None
     lost = [replace(t, state="pruned", diverged=True) if t.number == 7 else t for t in trials]
-    assert allocation.thaw(lost, results, projector(), None).number == 6  # type: ignore[union-attr]
+    assert allocation.thaw(lost, results, projector(), []).number == 6  # type: ignore[union-attr]
     few = Results([(6, 0, 0.99), (7, 0, 1.26)])
-    assert allocation.thaw(trials[6:], few, projector(), None) is None
+    assert allocation.thaw(trials[6:], few, projector(), []) is None
 
 
 def test_a_new_configuration_is_asked_where_the_known_ones_are_poor() -> None:
@@ -90,8 +90,8 @@ def test_a_new_configuration_is_asked_where_the_known_ones_are_poor() -> None:
     losses = [(n, rung, 0.8 + 0.1 * (2 - rung) + 0.02 * n) for n in range(4) for rung in range(3)]
     results = Results([*losses, (4, 0, 1.4), (4, 1, 1.39)])
     allocation, fresh = Allocation(SEARCH, SHARES, 0), newcomer(trial(5, 1e-4, 0).config)
-    assert allocation.thaw([*ends, poor], results, projector(), fresh) is None
-    assert allocation.thaw([*ends, poor], results, projector(), None) == poor, "the best there is, if none can be asked"
+    assert allocation.thaw([*ends, poor], results, projector(), [fresh]) is None
+    assert allocation.thaw([*ends, poor], results, projector(), []) == poor, "the best there is, if none can be asked"
 
 
 def test_the_rate_of_a_step_is_what_it_brings_for_a_dollar() -> None:
@@ -163,7 +163,7 @@ def test_decisions_after_a_kill_are_those_before_it() -> None:
         changed = bool(step())
         trials, results = driven._trials()
         fresh = allocation_of(driven.study, driven.projector.plan.shares)
-        ask = next(iter(driven._newcomers(trials)), None)
+        ask = feasibility.newcomers(driven.study, trials)
         answers = [a.thaw(trials, results, driven.projector, ask) for a in (driven.allocation, fresh)]
         proposals = [a.propose(len(trials), trials, results) for a in (driven.allocation, fresh)]
         assert answers[0] == answers[1] and proposals[0] == proposals[1]
