@@ -132,8 +132,10 @@ def study(connection: Connection, name: str) -> Study:
     if row is None:
         raise NotFoundError(f"there is no study {name}", "`sweep list` shows the studies of this database")
     values = dict(row)
-    # A study from before there were confirmations has none.
-    values["spec"] = Spec.model_validate({"endgame": {"seeds": 0}} | json.loads(values["spec"]))
+    # A study from before there were confirmations has none, and one from before the model of curves goes on by rank.
+    stored = {"endgame": {"seeds": 0}} | json.loads(values["spec"])
+    stored["search"] = {"promote": "halving"} | stored.get("search", {})
+    values["spec"] = Spec.model_validate(stored)
     values["facts"] = json.loads(values["facts"])
     values["tariff"] = _tariff(row)
     return Study(**values)
