@@ -53,7 +53,7 @@ SIZE_STEP = 10  # trials between two points of `steps`
 class NoPromotion(Sweep):
     """Whoever pauses has stopped, until the search has no more to ask."""
 
-    def _wake(self, *_: Any) -> bool:
+    def _wake(self, *_: Any, **__: Any) -> bool:
         return False
 
 
