@@ -212,7 +212,8 @@ class Memory:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
 
     def _state(self, number: int) -> TrialState:
-        return self._study.get_trials(deepcopy=False)[number].state
+        # Not through the study, whose view calls a paused trial PRUNED.
+        return self._storage.get_all_trials(self._study._study_id, deepcopy=False)[number].state
 
 
 class _CmaEs(CmaEsSampler):
