@@ -27,7 +27,7 @@ from benchmarks.simulated import (
 )
 from benchmarks.tables import Pool, Row, Table
 from budgets.ledger import Ledger
-from sweep import launch, pricing, priors, records
+from sweep import launch, plan, pricing, priors, records
 from sweep.audit import violations
 from sweep.errors import InvariantError
 from sweep.loop import Stopping, Sweep
@@ -134,11 +134,10 @@ def _facts(table: Table, spec: Spec) -> dict[str, Any]:
         "validation": {"rows": 100, "tokens": VALIDATION_TOKENS},
     }
     facts = {"parameters": table.facts["parameters"], "device": "replay", "cores": 8, "seconds": 0.0}
-    lengths = launch.lengths(spec.search, splits)
-    plan = {**vars(lengths), "rung_rows": 100, "rung_tokens": VALIDATION_TOKENS}
+    lengths = vars(plan.lengths(spec.search, splits))
     chosen = priors.select(spec.search, facts, examples)
     known = chosen.model_dump(mode="json") if chosen else None
-    return facts | {"data": {"splits": splits}, "plan": plan, "priors": known}
+    return facts | {"data": {"splits": splits}, "plan": lengths, "priors": known}
 
 
 def _timings(table: Table) -> Timings:
@@ -173,7 +172,9 @@ def replay(
         folder = Path(temporary)
         spec = make_spec(table, folder, seed, cap, slots, stop, **search)
         store = Store(f"sqlite:///{folder}/studies.db", create=True)
-        study = launch.create(store, spec, _facts(table, spec), pricing.quote(spec), folder, BOOT)
+        spec, facts = plan.settle(spec, _facts(table, spec), pricing.quote(spec))
+        facts["plan"] |= {"rung_rows": 100, "rung_tokens": VALIDATION_TOKENS}  # as they were recorded
+        study = launch.create(store, spec, facts, pricing.quote(spec), folder, BOOT)
         take(store, spec.study)
         launcher = SimulatedLauncher(table, seed, slots, _timings(table))
         mind = memory(store, study, table)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sweep.records import TrialRow
+from sweep import space
+from sweep.records import Study, TrialRow, newcomer
 from trainers.memory import needs_at_least
 from trainers.messages import TrialConfig
 
@@ -44,3 +45,11 @@ def exhausted(trials: Sequence[TrialRow]) -> bool:
     """Whether so many configurations in a row were not started that no other is to be expected."""
     last = sorted(trials, key=lambda trial: trial.number)[-MOST:]
     return len(last) == MOST and all(trial.reason.startswith(f"{REASON}: not started") for trial in last)
+
+
+def newcomers(study: Study, trials: Sequence[TrialRow]) -> list[TrialRow]:
+    """The cheapest trial of each method, as the next one to be asked; none where no more may be asked."""
+    search, number, examples = study.spec.search, len(trials), study.facts["plan"]["examples"]
+    if study.phase != "search" or exhausted(trials) or (search.trials is not None and number >= search.trials):
+        return []
+    return [newcomer(space.typical(method, search, examples, study.spec.seed, number)) for method in search.method]

@@ -10,10 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from budgets.ledger import Ledger
 from sweep import current, endgame, feasibility, finale, records, rungs, seats, space, stopping, tables, telling, triage
+from sweep.allocation import allocation_of
 from sweep.apply import apply
 from sweep.current import Current
 from sweep.dominance import overrule
@@ -66,6 +68,7 @@ class Sweep:
             self.study = records.study(connection, name)
             self.projector = projector_of(self.study, connection)
         self._policy = rungs.policy(self.study.spec.search, self.projector.plan.shares)
+        self.allocation = allocation_of(self.study, self.projector.plan.shares)
         self.workers = Workers(store, self.study, launcher, self.projector)
         self.instructor = Instructor(launcher, self.projector.plan)
         self.asked_to = stopping
@@ -228,15 +231,18 @@ class Sweep:
                 self._decide(trial, *self._trials())
 
     def _decide(self, trial: TrialRow, trials: list[TrialRow], results: Results) -> None:
-        search = self.study.spec.search
+        can_pause = trial.config.method == "lora" or self.projector.parking_pays(trial)
         judgement = rungs.judge(
             trial,
             results,
             last=self.projector.plan.last,
-            eta=search.eta,
+            eta=self.study.spec.search.eta,
             base_loss=self.study.base_rung_loss,
-            can_pause=trial.config.method == "lora" or self.projector.parking_pays(trial),
+            can_pause=can_pause,
         )
+        if can_pause:
+            known = trials, results, self.projector, feasibility.newcomers(self.study, trials)
+            judgement = self.allocation.review(judgement, trial, *known)
         if trial.source is None:
             judgement = self._overruled(judgement, trial, trials, results)
         if trial.source is None and trial.loss is not None and not judgement.diverged:
@@ -251,8 +257,7 @@ class Sweep:
             case "promote":
                 # Another one's turn, unless swapping costs more than it gives.
                 others = any(t.state == "waiting" for t in trials)
-                yields = others and (trial.config.method == "lora" or self.projector.parking_pays(trial))
-                state, turn = ("waiting", records.next_turn(trials)) if yields else ("live", trial.turn)
+                state, turn = ("waiting", records.next_turn(trials)) if others and can_pause else ("live", trial.turn)
                 self._change(trial, state, f"promoted: {judgement.reason}", target=trial.rung + 1, turn=turn)
 
     def _overruled(self, judgement: Judgement, trial: TrialRow, trials: list[TrialRow], results: Results) -> Judgement:
@@ -309,19 +314,22 @@ class Sweep:
             trials, results = self._trials()
             if sum(t.state in records.RUNNING for t in trials) >= self._now().live:
                 return True
-            goes_on = self._enough() is None
-            if not (
-                (goes_on and (self._wake(trials, results) or self._ask(trials, results)))
-                or (goes_on and self._finish(trials, results))
-                or (not self._now().anybody_runs and self._begin_endgame())
-                or self._confirm()
-            ):
+            ended = not self._search(trials, results)
+            if ended and not (not self._now().anybody_runs and self._begin_endgame()) and not self._confirm():
                 return True
             if (worker := self._worker()) is not None:
                 self._seat(filled=False)
                 if self.workers.pressed(worker, self._lengths, self._gap_ms):
                     self._again = True
                     return False
+
+    def _search(self, trials: list[TrialRow], results: Results) -> bool:
+        return self._enough() is None and (
+            self._wake(trials, results)
+            or self._ask(trials, results)
+            or self._wake(trials, results, instead=True)
+            or self._finish(trials, results)
+        )
 
     def _begin_endgame(self) -> bool:
         """When the search has no more to spend, the reserve goes to the best that is left; False if it began before."""
@@ -371,10 +379,12 @@ class Sweep:
             self._park()
             self._stopping = not self._begin_endgame()
 
-    def _wake(self, trials: list[TrialRow], results: Results) -> bool:
-        trial = rungs.promotable(trials, results, self.study.spec.search.eta)
+    def _wake(self, trials: list[TrialRow], results: Results, *, instead: bool = False) -> bool:
+        """Thaws the trial that has earned it; `instead` of a new one, where none can be asked."""
         if self.study.phase != "search":
             return False
+        newcomers = [] if instead else feasibility.newcomers(self.study, trials)
+        trial = self.allocation.thaw(trials, results, self.projector, newcomers)
         return trial is not None and self._promote(trial, trials, results, "promoted")
 
     def _finish(self, trials: list[TrialRow], results: Results) -> bool:
@@ -409,18 +419,13 @@ class Sweep:
 
     def _ask(self, trials: list[TrialRow], results: Results) -> bool:
         """Asks for a new trial; True if there is one more to consider."""
-        search = self.study.spec.search
-        if self.study.phase != "search" or self._refused >= MAX_REFUSED or feasibility.exhausted(trials):
-            return False
-        if search.trials is not None and len(trials) >= search.trials:
-            return False
-        number = len(trials)
+        search, examples, seed = self.study.spec.search, self.projector.plan.examples, self.study.spec.seed
+        number, cheapest = len(trials), feasibility.newcomers(self.study, trials)
         # If not even the cheapest configuration can be paid, nothing is asked.
-        examples, seed = self.projector.plan.examples, self.study.spec.seed
-        cheapest = [space.typical(method, search, examples, seed, number) for method in search.method]
-        if not any(self._affordable(records.newcomer(config), trials, results) for config in cheapest):
+        if self._refused >= MAX_REFUSED or not any(self._affordable(one, trials, results) for one in cheapest):
             return False
-        _, chosen = self.memory.ask(number, lambda trial: space.suggest(trial, search), *feasibility.view(trials))
+        ask, model = partial(space.suggest, search=search), partial(self.allocation.propose, number, trials, results)
+        _, chosen = self.memory.ask(number, ask, *feasibility.view(trials), model)
         config = space.config(number, chosen, search, examples, seed)
         hopeless = feasibility.refusal(config, trials)
         affordable = self._affordable(records.newcomer(config), trials, results)
@@ -431,7 +436,8 @@ class Sweep:
         if hopeless:
             self._end(records.newcomer(config), "failed", hopeless)
         elif not affordable:
-            reason = triage.not_started(self._funds(trials, results), records.newcomer(config), self.projector)
+            money = self._funds(trials, results)
+            reason = triage.not_started(money, records.newcomer(config), self.projector)
             self._end(records.newcomer(config), "pruned", reason)
         return True
 

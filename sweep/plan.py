@@ -57,13 +57,18 @@ def settle(spec: Spec, facts: dict[str, Any], quote: Quote) -> tuple[Spec, dict[
     if not isinstance(search.rungs, str):
         return spec, facts
     notes = list(facts.get("notes", []))
-    if search.rungs in {"halving", "hyperband"}:
+    steps = max(facts["plan"]["examples"] // max(search.batch_size), 1)
+    if search.rungs == "auto" and search.promote == "curves":
+        shares: Sequence[float] = rungs.climb(steps)
+        where = ", ".join(f"{100 * share:.3g}" for share in shares)
+        notes.append(f"auto: evaluated at {where} % of a run; the model of the curves says who goes on")
+        search = search.model_copy(update={"rungs": shares})
+    elif search.rungs in {*rungs.DERIVED, "hyperband"}:
         cheapest = min(run.cost for run in outline(spec, facts, quote).runs)
-        steps = facts["plan"]["examples"] // max(search.batch_size)
         fixed = search.eta if "eta" in search.model_fields_set else None
-        derived = rungs.ladder((spec.budget.cap - spec.budget.reserve) / max(cheapest, 1), max(steps, 1), fixed)
-        shares: Sequence[float] = derived.shares
-        update = {"eta": derived.eta} | ({"rungs": derived.shares} if search.rungs == "halving" else {})
+        derived = rungs.ladder((spec.budget.cap - spec.budget.reserve) / max(cheapest, 1), steps, fixed)
+        shares = derived.shares
+        update = {"eta": derived.eta} | ({"rungs": derived.shares} if search.rungs in rungs.DERIVED else {})
         where = ", ".join(f"{100 * share:.3g}" for share in shares)
         compared = f"at {where} % of a run, one in {derived.eta} goes on" if shares else "at the end alone"
         notes.append(f"{search.rungs}: compared {compared}; about {derived.trials} trials by the forecast")

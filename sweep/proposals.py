@@ -77,8 +77,8 @@ class Guide:
         if source == "prior":
             return Proposal(source, self._likely(draw))
         if source == "uniform":
-            return Proposal(source, self._anything(draw))
-        return Proposal(source, self._near(seen[0], draw) if source == "incumbent" else None)
+            return Proposal(source, anything(self.search, draw))
+        return Proposal(source, near(self.search, seen[0], draw) if source == "incumbent" else None)
 
     def shares(self, seen: Sequence[Mapping[str, Any]], measured: int | None = None) -> dict[SourceName, float]:
         """How likely each source is for the next configuration; the sum is 1. `measured` as in `propose`."""
@@ -139,33 +139,6 @@ class Guide:
                 chosen[name] = _pick(values, self._weights(name, values, chosen), draw.random())
         return chosen
 
-    def _anything(self, draw: random.Random) -> dict[str, Any]:
-        chosen: dict[str, Any] = {"method": draw.choice(self.search.method)}
-        for name, values in space.branch(chosen["method"], self.search).items():
-            if not isinstance(values, RangeSpec):
-                chosen[name] = draw.choice(values)
-            elif values.log:
-                logarithm = draw.uniform(math.log(values.low), math.log(values.high))
-                chosen[name] = min(max(math.exp(logarithm), values.low), values.high)
-            else:
-                chosen[name] = draw.uniform(values.low, values.high)
-        return chosen
-
-    def _near(self, best: Mapping[str, Any], draw: random.Random) -> dict[str, Any]:
-        chosen: dict[str, Any] = {"method": best["method"]}
-        for name, values in space.branch(best["method"], self.search).items():
-            if isinstance(values, RangeSpec):
-                chosen[name] = _truncated(_law(best[name], NEAR), values, draw.random())
-                continue
-            if name == "lora_targets":
-                weights = [STAY if value == best[name] else (1 - STAY) / len(values) for value in values]
-            else:
-                order = sorted(values)
-                home = order.index(best[name])
-                weights = [math.exp(-0.5 * ((order.index(value) - home) / PLACES) ** 2) for value in values]
-            chosen[name] = _pick(values, weights, draw.random())
-        return chosen
-
     # What the priors say
 
     def _weights(self, name: str, values: Sequence[Any], chosen: Mapping[str, Any]) -> list[float]:
@@ -194,6 +167,37 @@ class Guide:
         low, high = math.log(values.low), math.log(values.high)
         inside = law.cdf(high) - law.cdf(low)
         return law.pdf(math.log(rate)) / inside * (high - low) if inside > TINY else 1.0
+
+
+def anything(search: SearchSpec, draw: random.Random) -> dict[str, Any]:
+    """A configuration drawn evenly from the whole space."""
+    chosen: dict[str, Any] = {"method": draw.choice(search.method)}
+    for name, values in space.branch(chosen["method"], search).items():
+        if not isinstance(values, RangeSpec):
+            chosen[name] = draw.choice(values)
+        elif values.log:
+            logarithm = draw.uniform(math.log(values.low), math.log(values.high))
+            chosen[name] = min(max(math.exp(logarithm), values.low), values.high)
+        else:
+            chosen[name] = draw.uniform(values.low, values.high)
+    return chosen
+
+
+def near(search: SearchSpec, best: Mapping[str, Any], draw: random.Random) -> dict[str, Any]:
+    """A configuration in the neighbourhood of another one, of the same method."""
+    chosen: dict[str, Any] = {"method": best["method"]}
+    for name, values in space.branch(best["method"], search).items():
+        if isinstance(values, RangeSpec):
+            chosen[name] = _truncated(_law(best[name], NEAR), values, draw.random())
+            continue
+        if name == "lora_targets":
+            weights = [STAY if value == best[name] else (1 - STAY) / len(values) for value in values]
+        else:
+            order = sorted(values)
+            home = order.index(best[name])
+            weights = [math.exp(-0.5 * ((order.index(value) - home) / PLACES) ** 2) for value in values]
+        chosen[name] = _pick(values, weights, draw.random())
+    return chosen
 
 
 def guide_of(study: Study) -> Guide | None:

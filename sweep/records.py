@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,6 +99,9 @@ class TrialRow:
         return label(self.number)
 
 
+_TRIAL_FIELDS = tuple(field.name for field in dataclasses.fields(TrialRow))
+
+
 @dataclass(frozen=True)
 class WorkerRow:
     """A worker's row; all times in ms on its own meter but `origin_boot_ms`."""
@@ -134,8 +138,10 @@ def study(connection: Connection, name: str) -> Study:
     if row is None:
         raise NotFoundError(f"there is no study {name}", "`sweep list` shows the studies of this database")
     values = dict(row)
-    # A study from before there were confirmations has none.
-    values["spec"] = Spec.model_validate({"endgame": {"seeds": 0}} | json.loads(values["spec"]))
+    # A study from before there were confirmations has none, and one from before the model of curves goes on by rank.
+    stored = {"endgame": {"seeds": 0}} | json.loads(values["spec"])
+    stored["search"] = {"promote": "halving"} | stored.get("search", {})
+    values["spec"] = Spec.model_validate(stored)
     values["facts"] = json.loads(values["facts"])
     values["tariff"] = _tariff(row)
     return Study(**values)
@@ -157,14 +163,19 @@ def study_names(connection: Connection) -> list[str]:
 
 def trials(connection: Connection, name: str) -> list[TrialRow]:
     """All trials of a study by number."""
-    query = select(tables.trial).where(tables.trial.c.study == name).order_by(tables.trial.c.number)
-    found = []
-    for row in connection.execute(query).mappings():
-        values = {key: row[key] for key in row if key != "study"}
-        values |= {"config": TrialConfig(**json.loads(row["config"]))}
-        values |= {"diverged": bool(row["diverged"]), "told": bool(row["told"])}
-        found.append(TrialRow(**values))
-    return found
+    columns = [tables.trial.c[field] for field in _TRIAL_FIELDS]
+    query = select(*columns).where(tables.trial.c.study == name).order_by(tables.trial.c.number)
+    return [_trial(tuple(row)) for row in connection.execute(query)]
+
+
+@functools.lru_cache(
+    maxsize=1 << 14
+)  # most rows are as they were when they were last read, and a loop reads them often
+def _trial(row: tuple[Any, ...]) -> TrialRow:
+    values = dict(zip(_TRIAL_FIELDS, row, strict=True))
+    values |= {"config": TrialConfig(**json.loads(values["config"]))}
+    values |= {"diverged": bool(values["diverged"]), "told": bool(values["told"])}
+    return TrialRow(**values)
 
 
 def workers(connection: Connection, name: str, *, living: bool = False) -> list[WorkerRow]:

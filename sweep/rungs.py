@@ -8,6 +8,7 @@ halving at 5, 10, 20 and 40 % with half kept found the very best run of both tas
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class Results:
         self.losses: dict[int, dict[int, float]] = {}
         for trial, rung, loss in evaluations:
             self.losses.setdefault(rung, {})[trial] = loss
+        self._orders: dict[int, list[tuple[float, int]]] = {}  # of each rung, the best first
 
     @classmethod
     def of_search(cls, rows: Iterable[Any], policy: Policy | None = None) -> Results:
@@ -64,8 +66,9 @@ class Results:
     def rank(self, trial: int, rung: int) -> tuple[int, int]:
         """The trial's place at a rung, from 1, and how many reached it. Ties go to the lower number."""
         there = self.losses[rung]
-        better = sum((loss, number) < (there[trial], trial) for number, loss in there.items())
-        return better + 1, len(there)
+        if len(self._orders.get(rung, ())) != len(there):
+            self._orders[rung] = sorted((loss, number) for number, loss in there.items())
+        return bisect.bisect_left(self._orders[rung], (there[trial], trial)) + 1, len(there)
 
     def among_best(self, trial: int, rung: int, eta: int) -> bool:
         """Whether the trial goes on: it is among the best one in `eta` of those that reached the rung, or the policy
@@ -81,6 +84,8 @@ LONGEST = 0.45  # beyond this share a rung saves little
 RUNG_STEPS = 8  # a first rung of fewer optimizer steps says nothing
 WIDE = 32  # configurations that a search should see, if its money allows
 BRACKETS = 3
+DERIVED = ("auto", "halving")  # shares that follow from money and speed
+FIRST_STEPS, APART = 3, 4  # where a model of the curves decides: steps of a first rung, and how far rungs are apart
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,17 @@ def ladder(runs: float, steps: int, eta: int | None = None) -> Ladder:
     firsts = [first for first in (GENTLEST, GENTLEST / 2, LOWEST) if first >= lowest] or [lowest]
     options = [_laddered(first, kept, runs) for kept in ((eta,) if eta else (2, 3)) for first in firsts]
     return next((option for option in options if option.trials >= WIDE), max(options, key=lambda option: option.trials))
+
+
+def climb(steps: int) -> tuple[float, ...]:
+    """Rungs for a model of the curves, which weighs what an early loss says: early ones, and far apart.
+
+    `steps` as in `ladder`. Between trials it is the model that chooses how many of them go on.
+    """
+    shares = [min(max(LOWEST, FIRST_STEPS / steps), GENTLEST)]
+    while shares[-1] * APART <= LONGEST:
+        shares.append(round(shares[-1] * APART, 6))
+    return tuple(shares)
 
 
 def _laddered(first: float, eta: int, runs: float) -> Ladder:
@@ -147,7 +163,7 @@ class Hyperband:
 
 def policy(search: SearchSpec, shares: Sequence[float]) -> Policy | None:
     """Who decides at the rungs of a study; None is halving. Raises SpecError for a class that is none."""
-    if not isinstance(search.rungs, str) or search.rungs == "halving":
+    if not isinstance(search.rungs, str) or search.rungs in DERIVED:
         return None
     if search.rungs == "hyperband":
         return Hyperband(shares, search.eta)

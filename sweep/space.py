@@ -104,6 +104,14 @@ def config(number: int, chosen: dict[str, Any], search: SearchSpec, examples: in
     )
 
 
+def chosen(config: TrialConfig) -> dict[str, Any]:
+    """What was chosen for a configuration, by Optuna's names: the reverse of `config`."""
+    found: dict[str, Any] = {"method": config.method}
+    if config.method == "lora":
+        found |= {"lora_rank": config.rank, "lora_alpha": config.alpha, "lora_targets": config.targets}
+    return found | {f"{config.method}_learning_rate": config.learning_rate, "batch_size": config.batch_size}
+
+
 def describe(config: TrialConfig) -> str:
     """Returns a configuration in a few words: `lora r16 a32 all-linear lr 3.1e-4 b8`."""
     rate = f"lr {config.learning_rate:.1e}".replace("e-0", "e-")

@@ -64,15 +64,17 @@ def _slots(value: Any) -> Any:
 def _rungs(value: Any) -> Any:
     if value == "none":
         return ()
-    if isinstance(value, str) and value not in {"halving", "hyperband"} and not re.fullmatch(CLASS, value):
-        raise ValueError("is a list of shares such as [0.1, 0.3], `halving`, `hyperband`, `none` or module:Class")
+    if isinstance(value, str) and value not in {"auto", "halving", "hyperband"} and not re.fullmatch(CLASS, value):
+        raise ValueError(
+            "is a list of shares such as [0.1, 0.3], `auto`, `halving`, `hyperband`, `none` or module:Class"
+        )
     return value
 
 
 def _sampler(value: Any) -> Any:
-    known = value in ("tpe", "gp", "random", "cmaes")
+    known = value in ("curves", "tpe", "gp", "random", "cmaes")
     if not known and not (isinstance(value, str) and re.fullmatch(CLASS, value)):
-        raise ValueError("is `tpe`, `gp`, `random`, `cmaes` or module:Class, an Optuna sampler of your own")
+        raise ValueError("is `curves`, `tpe`, `gp`, `random`, `cmaes` or module:Class, an Optuna sampler of your own")
     return value
 
 
@@ -206,13 +208,14 @@ class SearchSpec(_Section):
     epochs: float = Field(default=1.0, gt=0)  # the longest run; a part of an epoch is fine
     trials: int | None = Field(default=None, ge=1)  # at most this many; None: what the cap pays for
     live: int = Field(default=4, ge=1)  # trials that take turns; never fewer than the worker has slots
-    rungs: Rungs = (0.05, 0.1, 0.2, 0.4)  # shares of the longest run at which trials are compared, or a policy
+    rungs: Rungs = "auto"  # shares of the longest run at which trials are compared, or a policy
     eta: int = Field(default=2, ge=2)  # one in eta goes on from a rung
+    promote: Literal["curves", "halving"] = "curves"  # who goes on: as a model of the curves says, or one in eta
     warmup: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    sampler: Annotated[str, BeforeValidator(_sampler)] = "tpe"  # where the priors leave the choice
+    sampler: Annotated[str, BeforeValidator(_sampler)] = "curves"  # where the priors leave the choice
     priors: str = Field(default="default", min_length=1)  # default, none, or a file that changes sweep/priors.yaml
     # Earlier studies of the database whose best configurations are tried first; auto: those of a similar model or data.
     warm_start: Annotated[tuple[str, ...] | str, BeforeValidator(_warm_start)] = "auto"

@@ -25,7 +25,8 @@ import optuna
 from optuna._transform import _SearchSpaceTransform
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
-from optuna.storages import RDBStorage, get_storage
+from optuna.storages import RDBStorage
+from optuna.storages._cached_storage import _CachedStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import OperationalError
 
@@ -39,6 +40,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 NEEDS = {"gp": ("scipy", "torch"), "cmaes": ("cmaes",)}  # packages that Optuna wants for a sampler
 UNGUIDED = 10  # trials drawn at random before a model of them is asked, where no priors choose them: Optuna's number
+Model = Callable[[], dict[str, Any]]  # proposes a whole configuration by Optuna's names
 SOURCE = "source"  # the trial attribute that says who proposed it
 
 
@@ -53,6 +55,52 @@ class _ViewedStudy(optuna.Study):
         trials = super()._get_trials(deepcopy=False, states=None, use_cache=use_cache)
         shown = self.view(trials) if self.view else trials
         return [trial for trial in shown if states is None or trial.state in states]
+
+
+class _OwnStorage(_CachedStorage):
+    """Optuna's cache, which reads again what was written and nothing else: nobody else writes a study that we drive.
+
+    Optuna's own reads every unfinished trial before each question, since others might train it. Paused trials are
+    unfinished in its tables, so a question took 176 ms at 100 of them.
+    """
+
+    def __init__(self, backend: RDBStorage) -> None:
+        super().__init__(backend)
+        self._complete = False  # whether everything was read once
+
+    def _read_trials_from_remote_storage(self, study_id: int) -> None:
+        known = self._studies.get(study_id)
+        if self._complete and known is not None and not known.unfinished_trial_ids:
+            return
+        super()._read_trials_from_remote_storage(study_id)
+        known = self._studies[study_id]
+        known.unfinished_trial_ids.clear()  # which are the ones to read again
+        known.last_finished_trial_id = max((trial._trial_id for trial in known.trials.values()), default=-1)
+        self._complete = True
+
+    def _written(self, trial_id: int) -> None:
+        study_id, _ = self._trial_id_to_study_id_and_number[trial_id]
+        self._studies[study_id].unfinished_trial_ids.add(trial_id)
+
+    def set_trial_param(self, trial_id: int, *rest: Any) -> None:
+        self._written(trial_id)
+        super().set_trial_param(trial_id, *rest)
+
+    def set_trial_state_values(self, trial_id: int, *rest: Any, **named: Any) -> bool:
+        self._written(trial_id)
+        return super().set_trial_state_values(trial_id, *rest, **named)
+
+    def set_trial_intermediate_value(self, trial_id: int, *rest: Any) -> None:
+        self._written(trial_id)
+        super().set_trial_intermediate_value(trial_id, *rest)
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self._written(trial_id)
+        super().set_trial_user_attr(trial_id, key, value)
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self._written(trial_id)
+        super().set_trial_system_attr(trial_id, key, value)
 
 
 @contextlib.contextmanager
@@ -78,7 +126,7 @@ class Memory:
                 # Optuna builds its engine itself; without these its read-then-write transactions collide with ours.
                 begin_immediate(rdb.engine)
                 rdb.engine.dispose()
-            self._storage = get_storage(rdb)
+            self._storage = _OwnStorage(rdb)
             self._rdb = rdb
             self._seed = seed
             self._kind = sampler
@@ -87,6 +135,7 @@ class Memory:
             with contextlib.suppress(optuna.exceptions.DuplicatedStudyError):
                 self._storage.create_new_study([optuna.study.StudyDirection.MINIMIZE], name)
             self._study = _ViewedStudy(name, self._storage)
+            self._study.get_trials(deepcopy=False)  # all of it is read once
 
     def ask(
         self,
@@ -95,15 +144,17 @@ class Memory:
         paused: Mapping[int, int],
         diverged: Container[int],
         infeasible: Container[int] = (),
+        model: Model | None = None,
     ) -> tuple[int, dict[str, Any]]:
         """Asks for the trial number `expected` and returns it with its parameters.
 
         A trial that was asked just before a crash, so that nobody knows it, is adopted. `paused` maps trial numbers to
-        their last rung. `infeasible` ones ran out of memory. The sampler's randomness comes from (study seed, number)
+        their last rung. `infeasible` ones ran out of memory. `model` is who answers where the sampler is `curves`. The
+        sampler's randomness comes from (study seed, number)
         alone.
         """
         with _reachable():
-            return self._ask(expected, suggest, paused, diverged, infeasible)
+            return self._ask(expected, suggest, paused, diverged, infeasible, model)
 
     def _ask(
         self,
@@ -112,9 +163,10 @@ class Memory:
         paused: Mapping[int, int],
         diverged: Container[int],
         infeasible: Container[int],
+        model: Model | None,
     ) -> tuple[int, dict[str, Any]]:
         self._study.view = lambda trials: shown(trials, paused, diverged, infeasible, self._kind)
-        self._study.sampler = sampler_for(self._kind, self._seed, expected, self._guide)
+        self._study.sampler = sampler_for(self._kind, self._seed, expected, self._guide, model)
         known = self._study.get_trials(deepcopy=False)
         trial = self._adopt(known[expected]) if len(known) > expected else self._study.ask()
         if trial.number != expected:
@@ -160,7 +212,8 @@ class Memory:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
 
     def _state(self, number: int) -> TrialState:
-        return self._storage.get_trial(self._id(number)).state
+        # Not through the study, whose view calls a paused trial PRUNED.
+        return self._storage.get_all_trials(self._study._study_id, deepcopy=False)[number].state
 
 
 class _CmaEs(CmaEsSampler):
@@ -191,12 +244,16 @@ class _CmaEs(CmaEsSampler):
 
 
 class PriorSampler(BaseSampler):
-    """Asks the guide first and, where that has no configuration of its own, the inner sampler."""
+    """Asks the guide first and, where that has no configuration of its own, the model of curves or the inner sampler.
 
-    def __init__(self, inner: BaseSampler, guide: Guide, number: int) -> None:
+    Either may be missing.
+    """
+
+    def __init__(self, inner: BaseSampler, guide: Guide | None, number: int, model: Model | None = None) -> None:
         self._inner = inner
         self._guide = guide
         self._number = number
+        self._model = model
         self._proposal: Proposal | None = None
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -235,11 +292,17 @@ class PriorSampler(BaseSampler):
     def _chosen(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
         """The guide's configuration by the names of the parameters; empty if it leaves the choice to the sampler."""
         if self._proposal is None:
-            self._proposal = self._guide.propose(self._number, *self._seen(study))
+            self._proposal = Proposal("sampler", None)
+            if self._guide is not None:
+                self._proposal = self._guide.propose(self._number, *self._seen(study, self._guide.search))
+            if self._proposal.chosen is None and self._model is not None:
+                self._proposal = Proposal("sampler", self._model())
             study._storage.set_trial_user_attr(trial._trial_id, SOURCE, self._proposal.source)
-        return space.encoded(self._proposal.chosen, self._guide.search) if self._proposal.chosen else {}
+        if self._proposal.chosen is None or self._guide is None:
+            return self._proposal.chosen or {}
+        return space.encoded(self._proposal.chosen, self._guide.search)
 
-    def _seen(self, study: optuna.Study) -> tuple[list[dict[str, Any]], int]:
+    def _seen(self, study: optuna.Study, search: SearchSpec) -> tuple[list[dict[str, Any]], int]:
         """Whole configurations, the best first: by their end, then by the last rung, then those without a loss.
 
         The latter diverged or ran out of memory. Returned beside them is how many have a loss, be it the worst of all
@@ -249,7 +312,7 @@ class PriorSampler(BaseSampler):
         ranked = [
             (trial.state is TrialState.COMPLETE or trial.last_step is not None, chosen)
             for trial in sorted(ended, key=_order)
-            if (chosen := space.decoded(trial.params, self._guide.search)) is not None
+            if (chosen := space.decoded(trial.params, search)) is not None
         ]
         return [chosen for _, chosen in ranked], sum(measured for measured, _ in ranked)
 
@@ -261,8 +324,10 @@ def _order(trial: FrozenTrial) -> tuple[bool, int, float, int]:
     return not complete, -last, value if value is not None else math.inf, trial.number
 
 
-def sampler_for(kind: str, seed: int, number: int, guide: Guide | None = None) -> BaseSampler:
-    """Makes the sampler of one question: `tpe`, `gp`, `random`, `cmaes` or a class of the user's, `module:Class`.
+def sampler_for(
+    kind: str, seed: int, number: int, guide: Guide | None = None, model: Model | None = None
+) -> BaseSampler:
+    """Makes the sampler of one question: `curves`, `tpe`, `gp`, `random`, `cmaes` or the user's own, `module:Class`.
 
     Its randomness comes from (study seed, trial number) alone; a class of one's own gets it as `seed`, if it takes one.
     Raises SpecError where a package is missing.
@@ -275,6 +340,8 @@ def sampler_for(kind: str, seed: int, number: int, guide: Guide | None = None) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         inner = _made(kind, draw, MODELLED if guide is not None and guide.priors.guided else UNGUIDED)
+    if kind == "curves":
+        return PriorSampler(inner, guide, number, model)
     return inner if guide is None else PriorSampler(inner, guide, number)
 
 
@@ -283,7 +350,7 @@ def _made(kind: str, draw: int, start: int) -> BaseSampler:
     match kind:
         case "tpe":
             return tpe
-        case "random":
+        case "random" | "curves":  # the model of curves is not Optuna's; see PriorSampler
             return RandomSampler(seed=draw)
         # What these cannot draw together, a method's own parameters or words, TPE draws one by one.
         case "gp":
@@ -312,10 +379,11 @@ def shown(
     infeasible: Container[int],
     kind: str,
 ) -> list[FrozenTrial]:
-    """Trials as a sampler is to see them: TPE knows what PRUNED means, all others are shown COMPLETE trials instead."""
+    """Trials as a sampler is to see them: TPE knows what PRUNED means, as the guide before it does; all others are
+    shown COMPLETE trials instead."""
     hidden = {trial.number for trial in trials if trial.number in diverged or trial.number in infeasible}
     pruned = [_shown(trial, paused, hidden) for trial in trials]
-    if kind == "tpe":
+    if kind in {"tpe", "curves"}:
         for trial in pruned:
             if trial.number in infeasible:
                 trial.set_constraint("memory", 1.0)  # over zero is violated

@@ -40,7 +40,9 @@ def test_a_study_ends_inside_its_cap_with_a_winner(tmp_path: Path) -> None:
 def test_optuna_reads_the_study_as_any_other(tmp_path: Path) -> None:
     """Proves that optuna.load_study sees all trials and values, and paused ones as RUNNING until the close."""
     spec = write_spec(tmp_path, cap="$0.05", timings=True, trials=8)
-    sweep("launch", str(spec), "--yes", cwd=tmp_path)
+    # By rank: with money for all of them the model of curves would leave none behind.
+    by_rank = ["--set", "search.promote=halving", "--set", "search.rungs=[0.05, 0.1, 0.2, 0.4]"]
+    sweep("launch", str(spec), "--yes", *by_rank, cwd=tmp_path)
     found = read(tmp_path)
     url = f"sqlite:///{tmp_path}/studies.db"
     with optuna_study(url) as stored:

@@ -11,7 +11,7 @@ import pytest
 import surfaces
 
 from sweep import priors, space, study
-from sweep.proposals import UNIFORM, Guide
+from sweep.proposals import UNIFORM, Guide, anything
 from sweep.spec import SearchSpec
 
 SEARCH = SearchSpec()
@@ -60,8 +60,7 @@ def test_the_surfaces_have_the_measured_shape(name: str) -> None:
     """Proves what the other tests stand on: median loss, and the share of random configurations near the best."""
     surface, draw = getattr(surfaces, name), random.Random(0)
     search = SearchSpec.model_validate({"learning_rate": {"low": 1e-5, "high": 1e-2}, "rank": [2, 4, 8, 16, 32, 64]})
-    led = guide(0, search=search)
-    losses = sorted(surface(led._anything(draw)) for _ in range(4000))
+    losses = sorted(surface(anything(search, draw)) for _ in range(4000))
     share = sum(loss < surfaces.BEST[name] * 1.05 for loss in losses) / 4000
     median, near = {"reasoned": (0.98, 0.37), "labels": (0.080, 0.02)}[name]
     assert losses[2000] == pytest.approx(median, rel=0.1)
@@ -98,7 +97,7 @@ def test_trust_follows_the_evidence() -> None:
     """Proves the weights: a half at first; up where the priors' own are the best, down where others are."""
     led, draw = guide(0), random.Random(3)
     likely = [led._likely(draw) for _ in range(9)]
-    other = [c for c in (led._anything(draw) for _ in range(200)) if led.density(c) < 0.05][:9]
+    other = [c for c in (anything(SEARCH, draw) for _ in range(200)) if led.density(c) < 0.05][:9]
     assert led.trust([]) == 0.5
     assert led.trust(likely + other) > 0.9
     assert led.trust(other + likely) < 0.1
@@ -116,7 +115,7 @@ def test_prior_draws_look_like_the_prior() -> None:
     off = [math.log(c["lora_learning_rate"] / led.priors.rate(c, EXAMPLES), 3) for c in drawn]
     assert statistics.median(off) == pytest.approx(0, abs=0.25)
     assert sum(c["lora_targets"] == "all-linear" for c in drawn) / 400 == pytest.approx(0.7, abs=0.08)
-    uniform = [led._anything(draw) for _ in range(4000)]
+    uniform = [anything(SEARCH, draw) for _ in range(4000)]
     assert statistics.mean(led.density(c) for c in uniform) == pytest.approx(1, abs=0.2), "a density integrates to one"
     assert all(low <= c["lora_learning_rate"] <= high for c in drawn + uniform for low, high in [(1e-5, 5e-3)])
 

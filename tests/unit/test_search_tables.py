@@ -204,15 +204,15 @@ def test_a_replay_is_a_whole_study(small: Table) -> None:
 
 def test_parts_can_be_switched_off(small: Table) -> None:
     """Proves that the ablation changes what it says: without rungs whole runs alone, without promotion
-    others, and that chance is not TPE."""
+    others, and that chance is not the model."""
     whole = replay.replay(small, 1, 3.0, **search.OURS["ours-no-rungs"])
     assert {seen.share for seen in whole.seen} == {1.0}
     stopped = replay.replay(small, 1, 3.0, **search.OURS["ours-no-promotion"])
     assert stopped.seen != replay.replay(small, 1, 3.0).seen
     wide = synthetic.make("synthetic-forgiving", seed=3, lora=24, full=0).lasting(600.0)
-    options = {"rungs": [0.05], "eta": 24}  # looks alone, so that TPE soon knows more than it draws at random first
+    options = {"rungs": [0.05]}  # the model of curves is asked from the fifth loss on
     chance = replay.replay(wide, 1, 4.0, **search.OURS["ours-random-sampler"], **options)
-    assert chance.trials > 10 and chance.seen != replay.replay(wide, 1, 4.0, **options).seen
+    assert chance.trials > 8 and chance.seen != replay.replay(wide, 1, 4.0, **options).seen
 
 
 def test_a_replay_can_be_given_priors(small: Table) -> None:

@@ -59,7 +59,7 @@ def test_overrides_win(path: Path) -> None:
         ("data.validation=1.5", r"data\.validation: input should be less than 1"),
         ("search.rungs=[0.2, 0.1]", r"rungs must rise"),
         ("search.rungs=halvng", r"line 8: search\.rungs: is a list of shares .*`hyperband`.* \(given: 'halvng'\)"),
-        ("search.sampler=tpee", r"line 8: search\.sampler: is `tpe`, `gp`, .* or module:Class.* \(given: 'tpee'\)"),
+        ("search.sampler=tpee", r"line 8: search\.sampler: is `curves`, `tpe`, .* or module:Class.* \(given: 'tpee'\)"),
         ("budget.cap=lots", r"not an amount of dollars"),
         ("machine.slots=0", r"line 4: machine\.slots: is `auto`, or how many LoRA trials .* 1 to 64 \(given: 0\)"),
         ("machine.slots=65", r"1 to 64"),

@@ -163,7 +163,7 @@ def test_a_missing_package_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
     """Proves that a sampler whose package is not there is refused in one line that says what to install."""
     monkeypatch.setattr(study, "NEEDS", {"tpe": ("no_such_package_1", "optuna")})
     with pytest.raises(SpecError, match=r"search\.sampler tpe needs no_such_package_1") as caught:
-        study.check_sampler(SearchSpec())
+        study.check_sampler(SearchSpec(sampler="tpe"))
     assert caught.value.hint == "pip install no_such_package_1"
 
 
@@ -241,3 +241,20 @@ def _killed(trial: Any, search: SearchSpec, number: int) -> dict[str, Any]:
     if number % 2 and chosen == "lora":
         trial.suggest_categorical("lora_rank", list(search.rank))
     raise KeyboardInterrupt
+
+
+def test_a_trial_that_was_shown_as_pruned_is_told_all_the_same(tmp_path: Path) -> None:
+    """Proves that the sampler's view of a paused trial is no end: its later losses and its end reach the storage."""
+    store = Store(f"sqlite:///{tmp_path}/studies.db", create=True)
+    memory = Memory(store, "s", 0, "random")
+    memory.ask(0, lambda trial: {"x": trial.suggest_float("x", 0, 1)}, {}, ())
+    memory.report(0, 0, 2.0)
+    memory.ask(1, lambda trial: {"x": trial.suggest_float("x", 0, 1)}, {0: 0}, ())
+    memory.report(0, 1, 1.5)
+    memory.tell(0, "completed", 1.0, {"reason": "end"})
+    memory.close()
+    again = Memory(store, "s", 0, "random")
+    told = again._storage.get_all_trials(again._study._study_id, deepcopy=False)[0]
+    assert (told.state.name, told.value, told.intermediate_values) == ("COMPLETE", 1.0, {0: 2.0, 1: 1.5})
+    again.close()
+    store.dispose()
