@@ -65,7 +65,7 @@ NOTHING = Seconds(0.0, 0.0, 0.0)
 class Work:
     """One kind of work to be forecast: its prior in log seconds a unit, what it resembles, and whose it is."""
 
-    kind: str  # train, evaluate, examine, load, compile, checkpoint, restore
+    kind: str  # train, evaluate, examine, load, compile, checkpoint, write, restore
     prior_seconds: float  # a unit: a token for train, evaluate and examine, the whole for the others
     features: Mapping[str, float] = field(default_factory=dict)
     owner: str = ""  # a trial's measurements tell most about itself

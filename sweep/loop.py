@@ -14,7 +14,7 @@ from pathlib import Path
 
 from budgets.ledger import Ledger
 from budgets.money import usd
-from sweep import current, endgame, feasibility, pricing, records, rungs, seats, space, tables, telling, triage
+from sweep import current, endgame, feasibility, pricing, records, rungs, seats, space, telling, triage
 from sweep.apply import apply
 from sweep.current import Current
 from sweep.endgame import Race
@@ -28,13 +28,12 @@ from sweep.store import Store
 from sweep.study import Memory
 from sweep.triage import Funds
 from sweep.workers import Workers
-from trainers.messages import BaseEvaluated, Evaluated, Event, Ready, Release, Slice, Stop
+from trainers.messages import BaseEvaluated, Evaluated, Event, Ready, Release, Slice, Stop, TrialConfig
 
 POLL_SECONDS = 0.02
 STOP_MS = 25_000  # a worker that is told to stop has this long to checkpoint
 LATE_MS = 5_000  # a worker that lives so long beyond its paid time has no watchdog that works
 MAX_DEATHS = 3  # workers that die in a row without training anything
-MAX_REFUSED = 2  # trials asked in a row that could not be paid
 
 
 @dataclass
@@ -70,7 +69,7 @@ class Sweep:
         self.instructor = Instructor(launcher, self.projector.plan)
         self.asked_to = stopping
         self._stopping = False
-        self._refused = 0
+        self._refused: TrialConfig | None = None  # the last one that was asked for and could not be paid
         self._deaths = 0
         self._unreleased: Path | None = None  # the folder of a worker that ended, whose watchdog waits for a word
         self._trained_before = 0
@@ -160,6 +159,11 @@ class Sweep:
         record = self.launcher.read_usage(folder)
         # The last record is written after the last event, so events read from here on are all there will be.
         over = (record is not None and record.ended) or not alive
+        # Paid for before its events are read: a pack may say more than we can keep up with.
+        renews = not (over or self._stopping)
+        if renews and self.workers.renewal_due(worker, self._lengths, self._gap_ms):
+            self.launcher.send(folder, self._slice(self.workers.renew(worker, self._lengths)))
+            return True
         events = self.launcher.read_events(folder, worker.offset)
         if events:
             offset, event = events[0]
@@ -175,10 +179,6 @@ class Sweep:
         if self.study.timings is None and self.workers.now_ms(worker) > worker.paid_ms + LATE_MS:
             self.launcher.stop(folder)  # its watchdog is stopped or hangs: nobody else ends it
             return False
-        if not self._stopping and not worker.final and self.workers.renewal_due(worker, self._lengths, self._gap_ms):
-            renewed = self.workers.renew(worker, self._lengths)
-            self.launcher.send(folder, self._slice(renewed))
-            return True
         return False
 
     def _learn(self, event: Event) -> None:
@@ -205,10 +205,9 @@ class Sweep:
         folder = Path(worker.folder)
         if not self.launcher.alive(folder):
             self.workers.see_dead(worker)
+        lost_disk = worker.why.startswith("disk")
         with self.store.read() as connection:
-            lost_disk = worker.why.startswith("disk")
-            mine = tables.attempt.select().where(tables.attempt.c.study == self.name)
-            trained = sum(row.tokens for row in connection.execute(mine))
+            trained = records.trained_tokens(connection, self.name)
         self.workers.bury(worker, observed=True)
         self.instructor.forget()
         self._unreleased = folder
@@ -415,15 +414,16 @@ class Sweep:
     def _ask(self, trials: list[TrialRow], results: Results) -> bool:
         """Asks for a new trial; True if there is one more to consider."""
         search = self.study.spec.search
-        if self.study.phase != "search" or self._refused >= MAX_REFUSED or feasibility.exhausted(trials):
+        if self.study.phase != "search" or feasibility.exhausted(trials):
             return False
         if search.trials is not None and len(trials) >= search.trials:
             return False
         number = len(trials)
-        # If not even the cheapest configuration can be paid, nothing is asked.
+        # If not even the cheapest configuration can be paid, nothing is asked; nor until what was refused could be.
         examples, seed = self.projector.plan.examples, self.study.spec.seed
-        cheapest = [space.typical(method, search, examples, seed, number) for method in search.method]
-        if not any(self._affordable(records.newcomer(config), trials, results) for config in cheapest):
+        least = [space.typical(method, search, examples, seed, number) for method in search.method]
+        least = least if self._refused is None else [replace(self._refused, number=number)]
+        if not any(self._affordable(records.newcomer(config), trials, results) for config in least):
             return False
         _, chosen = self.memory.ask(number, lambda trial: space.suggest(trial, search), *feasibility.view(trials))
         config = space.config(number, chosen, search, examples, seed)
@@ -432,7 +432,7 @@ class Sweep:
         with self.store.write() as connection:
             records.add_trial(connection, self.name, config, records.next_turn(trials))
             records.note(connection, self.name, "asked", f"trial {number}: {space.describe(config)}", number)
-        self._refused = 0 if affordable or hopeless else self._refused + 1
+        self._refused = None if affordable or hopeless else config
         if hopeless:
             self._end(records.newcomer(config), "failed", hopeless)
         elif not affordable:
@@ -459,8 +459,8 @@ class Sweep:
     def _stop_if_done(self, worker: WorkerRow, trials: list[TrialRow], filled: bool) -> None:
         # Only after a look whether somebody else may begin: after a crash the slots may be free, and nobody was asked.
         idle = filled and not any(t.state in records.RUNNING or t.slot == worker.id for t in trials)
-        # On recorded timings no clock ends the final slice, so we do.
         used_up = self.study.timings is not None and worker.final and worker.at_ms >= worker.work_ms
+        # On recorded timings no clock ends the final slice, so we do.
         if self._stopping or not (self.interrupted or idle or used_up):
             return
         if used_up and not self.interrupted and self._begin_endgame():
