@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from optuna.trial import FrozenTrial
+from sqlalchemy import Connection
 
 from benchmarks.simulated import (
     BOOT,
@@ -97,13 +98,22 @@ class Replayed:
     spent: float
     trials: int
     steps: list[tuple[int, float]] = field(default_factory=list)  # (trials so far, seconds) of each step of the loop
+    looked: Any = None  # what `look` found in the tables at the end
 
 
-def make_spec(table: Table, folder: Path, seed: int, cap_micros: int, slots: int, **search: Any) -> Spec:
+def make_spec(
+    table: Table,
+    folder: Path,
+    seed: int,
+    cap_micros: int,
+    slots: int,
+    endgame: dict[str, Any] | None = None,
+    **search: Any,
+) -> Spec:
     """The study of a table: its own space, everything else as a user gets it, but no priors and nothing for an endgame.
 
     What is compared is the search. Ours is to know as little of the task beforehand as the others do, and a table has
-    no other seeds for every row.
+    no other seeds for every row: with an `endgame` a run that confirms another is the same one again.
     """
     (folder / "timings.json").write_text(json.dumps({}))
     space = table.facts["space"]["lora"]
@@ -117,13 +127,13 @@ def make_spec(table: Table, folder: Path, seed: int, cap_micros: int, slots: int
         "budget": {"cap": f"${cap_micros / 1e6:.6f}"},
         "search": {"learning_rate": {"low": low, "high": high}, "trials": len(table.rows), "priors": "none", **choices}
         | search,
-        "endgame": {"seeds": 0},
+        "endgame": endgame or {"seeds": 0},
         "seed": seed,
     }
     return validate(values, "replay")
 
 
-def _facts(table: Table, spec: Spec) -> dict[str, Any]:
+def make_facts(table: Table, spec: Spec) -> dict[str, Any]:
     examples, tokens = int(table.facts["examples"]), float(table.facts["tokens_per_example"])
     splits = {
         "train": {"rows": examples, "tokens": round(examples * tokens)},
@@ -152,6 +162,8 @@ def replay(
     memory: type[TableMemory] = TableMemory,
     scratch: str | None = "/dev/shm",
     watch: Callable[[Sweep, Callable[[], bool]], bool] | None = None,
+    endgame: dict[str, Any] | None = None,
+    look: Callable[[Connection, str], Any] = lambda *_: None,
     **search: Any,
 ) -> Replayed:
     """Runs a whole study on a table's LoRA rows, under a cap that pays for `runs` whole runs alone, and audits it.
@@ -159,16 +171,16 @@ def replay(
     Raises what Sweep.run raises, and InvariantError for books that do not agree.
 
     `sweep` and `memory` may be variants of the real ones; `search` replaces keys of the spec's section. `watch` is
-    called in the place of each step of the loop, with the loop and that step.
+    called in the place of each step of the loop, with the loop and that step, `look` at the end with the tables.
     """
     table = table.of("lora")
     cap = round(runs * table.run_seconds() * MICROS_PER_HOUR / 3600)
     place = scratch if scratch and Path(scratch).is_dir() else None
     with tempfile.TemporaryDirectory(dir=place) as temporary:
         folder = Path(temporary)
-        spec = make_spec(table, folder, seed, cap, slots, **search)
+        spec = make_spec(table, folder, seed, cap, slots, endgame, **search)
         store = Store(f"sqlite:///{folder}/studies.db", create=True)
-        study = launch.create(store, spec, _facts(table, spec), pricing.quote(spec), folder, BOOT)
+        study = launch.create(store, spec, make_facts(table, spec), pricing.quote(spec), folder, BOOT)
         take(store, spec.study)
         launcher = SimulatedLauncher(table, seed, slots, _timings(table))
         mind = memory(store, study, table)
@@ -181,11 +193,12 @@ def replay(
             trials = records.trials(connection, spec.study)
             spent = Ledger(connection, spec.study).balances().spent
             wrong = violations(connection, spec.study)
+            looked = look(connection, spec.study)
         if wrong:
             raise InvariantError(wrong[0])
         mind.close()
         store.dispose()
-    return Replayed(_seen(table, launcher, mind), spent / 1e6, len(trials))
+    return Replayed(_seen(table, launcher, mind), spent / 1e6, len(records.searched(trials)), looked=looked)
 
 
 def _seen(table: Table, launcher: SimulatedLauncher, mind: TableMemory) -> list[Seen]:
@@ -194,7 +207,7 @@ def _seen(table: Table, launcher: SimulatedLauncher, mind: TableMemory) -> list[
         for event in worker.said:
             loss = getattr(event, "loss", None)
             trial = getattr(event, "trial", None)
-            if loss is not None and trial is not None:
+            if loss is not None and trial in mind.rows:  # one that confirms another took no row
                 dollars = (before_ms + event.at_ms) / 3.6e6 * MICROS_PER_HOUR / 1e6
                 found.append(Seen(dollars, mind.rows[trial].number, min(event.tokens / table.run_tokens, 1.0), loss))  # type: ignore[attr-defined]
         before_ms += worker.said[-1].at_ms

@@ -39,10 +39,10 @@ def command(
     from sweep import launch, pricing
     from sweep.commands.drive import drive
     from sweep.launchers.local import LocalLauncher
-    from sweep.plan import outline, settle
+    from sweep.plan import drawn, settle
     from sweep.spec import load
     from sweep.store import Store
-    from sweep.views import tables
+    from sweep.views.plan import show_plan
 
     wanted = load(spec, overrides, study, cap)
     price = pricing.quote(wanted)
@@ -55,10 +55,10 @@ def command(
         facts = launch.look(wanted, folder)
         if not anyway:
             launch.compare_gpu(wanted, facts)
-        wanted, facts = settle(wanted, facts, price)
         launch.settle_memory(store, wanted, facts)
-        drawn = outline(wanted, facts, price).as_json()
-        tables.show_outline(Console(stderr=True), drawn, price.note, facts, wanted.machine.stop_command)
+        planned = drawn(wanted, facts, price)
+        wanted, facts = settle(wanted, facts, price)
+        show_plan(Console(stderr=True), planned.as_json(), price.note, facts, wanted.machine.stop_command)
         if not yes and not click.confirm("Launch?", err=True):
             raise UsageError("not launched; nothing was spent")
         launch.create(store, wanted, facts, price, folder, LocalLauncher().boot())
