@@ -6,7 +6,7 @@
 A table's study is replayed in simulated time by the real loop (benchmarks/replay.py), with an endgame of its default
 seeds, unless `--seeds 0`; its plan is drawn from priors, and once more by a forecast that was taught the table's mean
 speeds, as a probe would. A spec's study is planned from priors, probed, and then launched as it is, for its real price,
-in a new folder, whose path is printed. One JSON line each: `planned`, `probed` and `actual` hold dollars by phase,
+in a new database, whose path is printed; that no trial came to its end (exit 3) is an outcome too. One JSON line each: `planned`, `probed` and `actual` hold dollars by phase,
 trials by rung, and how many of the trials came to their end.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from benchmarks.simulated import LOAD_SECONDS, MICROS_PER_HOUR, STATE_SECONDS, V
 from benchmarks.tables import Table, find
 from budgets.ledger import IDLE, Ledger, trial_account
 from sweep import launch, pricing, records
+from sweep.errors import BudgetError
 from sweep.outline import Outline, Probed, drawn_configs, prospective
 from sweep.plan import drawn
 from sweep.projection import untaught
@@ -135,7 +137,8 @@ def of_spec(path: Path, *, probe: bool) -> dict[str, Any]:
         } | ({"probe_seconds": round(found["probe_seconds"], 1)} if flags else {})
     study = f"planned-{os.getpid()}"
     command = [*sweep, "launch", str(path), "--yes", "--storage", storage, "--study", study]
-    subprocess.run(command, check=True, stdout=sys.stderr)
+    if subprocess.run(command, check=False, stdout=sys.stderr).returncode not in (0, BudgetError.exit_code):
+        sys.exit(f"{shlex.join(command)} failed")
     store = Store(storage)
     with store.read() as connection:
         values["actual"] = happened(connection, study)

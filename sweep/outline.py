@@ -257,10 +257,9 @@ def _seeds(count: int) -> str:
 
 def _more(spec: Spec, needed: int, cap: int) -> str:
     """How a reserve becomes so large: out of the cap, or with a larger one."""
-    share = spec.budget.reserve / cap or RESERVE_SHARE
-    ways = [f"a cap of {usd(_rounded(needed / share))}"]
-    if needed < cap / 2:
-        ways.insert(0, f"budget.reserve: {usd(_rounded(needed))}")
+    ways = [f"budget.reserve: {usd(_rounded(needed))}"]
+    if needed > cap / 2:  # the search needs the larger part
+        ways = [f"{ways[0]} and a cap of {usd(_rounded(needed / RESERVE_SHARE))}"]
     if spec.endgame.seeds > 1:
         ways.append("fewer endgame.seeds")
     if spec.endgame.seeds:

@@ -101,7 +101,7 @@ def _what(drawn: Mapping[str, Any], phase: Mapping[str, Any]) -> str:
             if found is None:
                 return "none: endgame.seeds is 0"
             of = f"{found['configurations']} of {found['wanted_configurations']} configurations"
-            return f"{of} x {found['seeds']} of {found['wanted_seeds']} seeds"
+            return f"{of} x {found['seeds']}/{found['wanted_seeds']} seeds"
         case "finale":
             return "the winner in full"
         case "overhead":
