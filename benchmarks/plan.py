@@ -6,8 +6,8 @@
 A table's study is replayed in simulated time by the real loop (benchmarks/replay.py), with an endgame of its default
 seeds, unless `--seeds 0`; its plan is drawn from priors, and once more by a forecast that was taught the table's mean
 speeds, as a probe would. A spec's study is planned from priors, probed, and then launched as it is, for its real price,
-in a new database, whose path is printed; that no trial came to its end (exit 3) is an outcome too. One JSON line each: `planned`, `probed` and `actual` hold dollars by phase,
-trials by rung, and how many of the trials came to their end.
+in a new database, whose path is printed; that no trial came to its end (exit 3) is an outcome too. One JSON line each:
+`planned`, `probed` and `actual` hold dollars by phase, trials by rung, and how many runs were confirmed.
 """
 
 from __future__ import annotations
