@@ -127,7 +127,7 @@ def of_spec(path: Path, *, probe: bool) -> dict[str, Any]:
     ways = {"planned": []} | ({"probed": ["--probe"]} if probe else {})
     for name, flags in ways.items():
         command = [*sweep, "plan", str(path), "--json", "--storage", storage, *flags]
-        found = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+        found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
         cost = {phase["name"]: phase["cost"] / 1e6 for phase in found["phases"]}
         values[name] = {
             "dollars": {phase: cost[phase] for phase in PHASES},
