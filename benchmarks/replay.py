@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from optuna.trial import FrozenTrial
+from sqlalchemy import Connection
 
 from benchmarks.simulated import (
     BOOT,
@@ -98,15 +99,23 @@ class Replayed:
     trials: int
     steps: list[tuple[int, float]] = field(default_factory=list)  # (trials so far, seconds) of each step of the loop
     dominated: list[int] = field(default_factory=list)  # rows that were stopped because they could not catch up
+    looked: Any = None  # what `look` found in the tables at the end
 
 
 def make_spec(
-    table: Table, folder: Path, seed: int, cap_micros: int, slots: int, stop: Any = None, **search: Any
+    table: Table,
+    folder: Path,
+    seed: int,
+    cap_micros: int,
+    slots: int,
+    endgame: dict[str, Any] | None = None,
+    stop: Any = None,
+    **search: Any,
 ) -> Spec:
     """The study of a table: its own space, everything else as a user gets it, but no priors and nothing for an endgame.
 
     What is compared is the search. Ours is to know as little of the task beforehand as the others do, and a table has
-    no other seeds for every row.
+    no other seeds for every row: with an `endgame` a run that confirms another is the same one again.
     """
     (folder / "timings.json").write_text(json.dumps({}))
     space = table.facts["space"]["lora"]
@@ -120,14 +129,14 @@ def make_spec(
         "budget": {"cap": f"${cap_micros / 1e6:.6f}"},
         "search": {"learning_rate": {"low": low, "high": high}, "trials": len(table.rows), "priors": "none", **choices}
         | search,
-        "endgame": {"seeds": 0},
+        "endgame": endgame or {"seeds": 0},
         "stop": stop or {},
         "seed": seed,
     }
     return validate(values, "replay")
 
 
-def _facts(table: Table, spec: Spec) -> dict[str, Any]:
+def make_facts(table: Table, spec: Spec) -> dict[str, Any]:
     examples, tokens = int(table.facts["examples"]), float(table.facts["tokens_per_example"])
     splits = {
         "train": {"rows": examples, "tokens": round(examples * tokens)},
@@ -156,23 +165,26 @@ def replay(
     scratch: str | None = "/dev/shm",
     watch: Callable[[Sweep, Callable[[], bool]], bool] | None = None,
     stop: Any = None,
+    endgame: dict[str, Any] | None = None,
+    look: Callable[[Connection, str], Any] = lambda *_: None,
     **search: Any,
 ) -> Replayed:
     """Runs a whole study on a table's LoRA rows, under a cap that pays for `runs` whole runs alone, and audits it.
 
     Raises what Sweep.run raises, and InvariantError for books that do not agree.
 
-    `sweep` and `memory` may be variants of the real ones; `search` replaces keys of the spec's section, `stop` is
-    its own. `watch` is called in the place of each step of the loop, with the loop and that step.
+    `sweep` and `memory` may be variants of the real ones; `search` replaces keys of the spec's section, `stop` and
+    `endgame` are their own. `watch` is called in the place of each step of the loop, with the loop and that step,
+    `look` at the end with the tables.
     """
     table = table.of("lora")
     cap = round(runs * table.run_seconds() * MICROS_PER_HOUR / 3600)
     place = scratch if scratch and Path(scratch).is_dir() else None
     with tempfile.TemporaryDirectory(dir=place) as temporary:
         folder = Path(temporary)
-        spec = make_spec(table, folder, seed, cap, slots, stop, **search)
+        spec = make_spec(table, folder, seed, cap, slots, endgame, stop, **search)
         store = Store(f"sqlite:///{folder}/studies.db", create=True)
-        spec, facts = plan.settle(spec, _facts(table, spec), pricing.quote(spec))
+        spec, facts = plan.settle(spec, make_facts(table, spec), pricing.quote(spec))
         facts["plan"] |= {"rung_rows": 100, "rung_tokens": VALIDATION_TOKENS}  # as they were recorded
         study = launch.create(store, spec, facts, pricing.quote(spec), folder, BOOT)
         take(store, spec.study)
@@ -187,12 +199,14 @@ def replay(
             trials = records.trials(connection, spec.study)
             spent = Ledger(connection, spec.study).balances().spent
             wrong = violations(connection, spec.study)
+            looked = look(connection, spec.study)
         if wrong:
             raise InvariantError(wrong[0])
         mind.close()
         store.dispose()
     hopeless = [mind.rows[t.number].number for t in trials if t.reason.startswith("dominated")]
-    return Replayed(_seen(table, launcher, mind), spent / 1e6, len(trials), dominated=hopeless)
+    taken = len(records.searched(trials))
+    return Replayed(_seen(table, launcher, mind), spent / 1e6, taken, dominated=hopeless, looked=looked)
 
 
 def _seen(table: Table, launcher: SimulatedLauncher, mind: TableMemory) -> list[Seen]:
@@ -201,7 +215,7 @@ def _seen(table: Table, launcher: SimulatedLauncher, mind: TableMemory) -> list[
         for event in worker.said:
             loss = getattr(event, "loss", None)
             trial = getattr(event, "trial", None)
-            if loss is not None and trial is not None:
+            if loss is not None and trial in mind.rows:  # one that confirms another took no row
                 dollars = (before_ms + event.at_ms) / 3.6e6 * MICROS_PER_HOUR / 1e6
                 found.append(Seen(dollars, mind.rows[trial].number, min(event.tokens / table.run_tokens, 1.0), loss))  # type: ignore[attr-defined]
         before_ms += worker.said[-1].at_ms

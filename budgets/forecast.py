@@ -31,9 +31,12 @@ NOISE = 0.08  # sd of log seconds between two measurements of the same thing
 BRIEF = 0.05  # added to it over the root of the seconds: a tenth of a second says less than ten seconds do
 SHORTEST = 0.01  # seconds; what is forecast to take less, or nothing, is not the less certain for it
 TRIAL = 0.10  # sd of what is a trial's own
+SURPRISE = 20.0  # sd of the common factor once anything was measured (_Model.learn)
 # sd of each feature's factor, in log seconds a unit of the feature.
 SCALES = {"common": 1.5, "full": 0.7, "log_batch": 0.3, "log_row": 0.2, "attention": 0.25, "mlp": 0.2, "rank": 0.2}
 SCALES |= {"beside": 0.5, "log_width": 0.5}
+
+_COMMON = list(SCALES).index("common")
 
 # How the spread of forecasts adapts (_Model.judge).
 ASSUMED = 5  # so many measurements the assumptions count for
@@ -62,7 +65,7 @@ NOTHING = Seconds(0.0, 0.0, 0.0)
 class Work:
     """One kind of work to be forecast: its prior in log seconds a unit, what it resembles, and whose it is."""
 
-    kind: str  # train, evaluate, examine, load, compile, checkpoint, restore
+    kind: str  # train, evaluate, examine, load, compile, checkpoint, write, restore
     prior_seconds: float  # a unit: a token for train, evaluate and examine, the whole for the others
     features: Mapping[str, float] = field(default_factory=dict)
     owner: str = ""  # a trial's measurements tell most about itself
@@ -201,7 +204,14 @@ class _Model:
         self.scale = min(max(self.scale, NARROWEST), WIDEST)
 
     def learn(self, work: Work, ratio: float, noise: float) -> None:
-        """Takes one more log ratio in. What is a trial's own is summed out, so sums of its measurements are enough."""
+        """Takes one more log ratio in. What is a trial's own is summed out, so sums of its measurements are enough.
+
+        How fast the machine may be says how wide the first forecast is, and nothing from then on: where the guess of it
+        is off by ten thousand, any firmer belief would explain a part of that by whatever the first measurements have
+        in common, such as that all were made in a wide pack, and a narrow one would be forecast many times too dear.
+        """
+        if not self.measured:
+            self._information[_COMMON, _COMMON] *= (SCALES["common"] / SURPRISE) ** 2
         self.measured += 1
         self._solved = None
         row, precision = work.row, 1 / noise**2

@@ -113,6 +113,7 @@ def _evaluated(connection: Connection, study: Study, trial: TrialRow, event: Eva
                 width=event.width,
                 peak_bytes=event.peak_bytes,
                 examine_ms=event.examine_ms,
+                write_ms=event.write_ms,
             )
         )
     _scores(connection, study.name, trial.number, event.scores, {})

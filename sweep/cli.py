@@ -11,6 +11,7 @@ import click
 from sweep.errors import SweepError
 
 VERBS = {
+    "plan": "What the cap buys, before a cent is spent.",
     "launch": "Start a study under a hard cap.",
     "resume": "Go on after Ctrl-C, a crash or a reboot, or spend more.",
     "close": "End a study for good.",

@@ -84,7 +84,7 @@ def next_runs(
         if sum(seconds_of(c, n, width) for c, n in [*chosen, one]) > seconds_left:
             break
         chosen.append(one)
-    if further and _seconds(wanted, seconds_of, seats) > seconds_left:
+    if further and seconds_for(wanted, seconds_of, seats) > seconds_left:
         return []  # a further seed of one leader says nothing without the other's
     return [(c.number, n) for c, n in chosen]
 
@@ -111,7 +111,7 @@ def entered(
 
     def payable(group: Sequence[Candidate], least: int) -> bool:
         missing = [(c, n) for c in group for n in range(1, least + 1) if (c.number, n) not in runs]
-        return _seconds(missing, seconds_of, seats) <= seconds_left
+        return seconds_for(missing, seconds_of, seats) <= seconds_left
 
     groups = [together, firsts, *([one] for one in firsts)]
     counts = [*range(seeds, 1, -1)]
@@ -131,7 +131,7 @@ def entered(
     return sorted(group, key=racing.index), seeds
 
 
-def _seconds(missing: Sequence[tuple[Candidate, int]], seconds_of: SecondsOf, seats: Mapping[Method, int]) -> float:
+def seconds_for(missing: Sequence[tuple[Candidate, int]], seconds_of: SecondsOf, seats: Mapping[Method, int]) -> float:
     """What runs take that share the seats of their method as evenly as they can."""
     total = 0.0
     for method in {c.method for c, _ in missing}:

@@ -18,7 +18,7 @@ from budgets.forecast import Seconds
 from budgets.money import cost_micros, usd
 from sweep import endgame, records, space
 from sweep.endgame import Race
-from sweep.projection import Projector, from_facts
+from sweep.projection import Projector
 from sweep.records import Study, TrialRow
 from sweep.spec import Method, Spec
 from sweep.store import Store
@@ -46,27 +46,6 @@ def finale_cost(spec: Spec, facts: Mapping[str, Any], projector: Projector) -> d
     number = records.finale_number(0)
     configs = [space.typical(method, spec.search, wanted, spec.seed, number) for method in spec.search.method]
     return {c.method: projector.confirmation(records.newcomer(c), 1) for c in configs}
-
-
-def warnings(spec: Spec, facts: dict[str, Any], unit: str, micros_per_hour: int) -> list[str]:
-    """What a user should know before the launch: by the forecast the reserve does not pay for the endgame."""
-    projector = from_facts(facts, unit)
-    longest = int(facts["plan"]["examples"])
-    found = []
-    for method, seconds in finale_cost(spec, facts, projector).items():
-        config = space.typical(method, spec.search, longest, spec.seed, records.confirmation_number(0, 1))
-        once = projector.confirmation(records.newcomer(config), 1)
-        price, low, high, race = (
-            cost_micros(micros_per_hour, round(1000 * s))
-            for s in (seconds.mean, seconds.low, seconds.high, spec.endgame.seeds * once.mean)
-        )
-        if price + race <= spec.budget.reserve:
-            continue
-        seeds = f" and {usd(race)} for confirming one configuration" if race else ""
-        words = f"a finale of {method} is forecast at {usd(price)} ({usd(low)} to {usd(high)}){seeds}"
-        short = f"the reserve is {usd(spec.budget.reserve)}; what the search leaves is added to it"
-        found.append(f"WARNING: {words}, but {short}. Set budget.reserve to {usd(price + race)}")
-    return found
 
 
 # From here on: the finale as the tables have it.

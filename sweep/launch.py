@@ -17,13 +17,15 @@ from budgets.ledger import Ledger
 from budgets.money import usd
 from sweep import clock, fit, pricing, priors, records, tables
 from sweep.audit import MARK
-from sweep.errors import DiskError, SweepError, UnusableError, UsageError
+from sweep.errors import BudgetError, DiskError, SweepError, UnusableError, UsageError
+from sweep.outline import Outline
 from sweep.plan import evaluated, lengths
 from sweep.pricing import Quote
 from sweep.records import Study
-from sweep.spec import Spec
+from sweep.spec import Method, Spec
 from sweep.store import Store
 from sweep.study import check_sampler
+from trainers.memory import Correction
 
 RUNS = Path("runs")
 CHECK_SECONDS = 3600  # tokenising a large data set may take long; a hang must still end
@@ -129,22 +131,40 @@ def _replayed(spec: Spec) -> dict[str, Any]:
 
 def compare_gpu(spec: Spec, facts: dict[str, Any]) -> None:
     """Raises UsageError if the machine's GPU is not the one whose price was named."""
+    if other := _other_gpu(spec, facts):
+        raise UsageError(other, "correct machine.gpu, or add --anyway")
+
+
+def _other_gpu(spec: Spec, facts: dict[str, Any]) -> str | None:
+    """What this machine has instead of the GPU that the spec names; None where it has that one, or none is named."""
     named, device = spec.machine.gpu, facts["device"]
     if named is None or device == "replay":
-        return
-    model = named.split("-")[0].upper()
-    if model not in device.upper().replace(" ", ""):
-        has = "has no GPU" if device == "cpu" else f"has a {device}"
-        raise UsageError(f"the spec names a {named}, this machine {has}", "correct machine.gpu, or add --anyway")
+        return None
+    if named.split("-")[0].upper() in device.upper().replace(" ", ""):
+        return None
+    has = "has no GPU" if device == "cpu" else f"has a {device}"
+    return f"the spec names a {named}, this machine {has}"
 
 
-def settle_memory(store: Store, spec: Spec, facts: dict[str, Any]) -> None:
+def on_named_gpu(spec: Spec, facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts as they will be on the machine that the spec names, wherever they are looked at."""
+    named = spec.machine.gpu
+    if named is None or not (other := _other_gpu(spec, facts)):
+        return facts
+    card = fit.listed_card(named)
+    there = {"device": named, "gpu_memory_bytes": card.memory if card else None, "gpus": spec.machine.gpu_count}
+    return facts | there | {"notes": [f"{other}: planned for the one that is named", *facts.get("notes", [])]}
+
+
+def settle_memory(store: Store | None, spec: Spec, facts: dict[str, Any]) -> None:
     """Refuses what can't fit on this machine's GPU, and adds to the facts how full-parameter trials are trained.
 
-    Raises SpecError.
+    Without a `store` no earlier study corrects the predictions. Raises SpecError.
     """
-    with store.read() as connection:
-        corrections = fit.learned(connection, spec.model, facts["device"])
+    corrections: dict[Method, Correction] = {}
+    if store is not None:
+        with store.read() as connection:
+            corrections = fit.learned(connection, spec.model, facts["device"])
     facts |= fit.settle(spec, facts, corrections)
 
 
@@ -184,6 +204,18 @@ def create(store: Store, spec: Spec, facts: dict[str, Any], quote: Quote, folder
             return records.study(connection, spec.study)
     except IntegrityError as error:
         raise exists(spec.study) from error
+
+
+def refuse_nothing(planned: Outline) -> None:
+    """Raises BudgetError for a plan whose search begins no trial: such a study would end at once, without a word."""
+    if planned.trials:
+        return
+    run = min(run.cost for run in planned.runs if run.searched)
+    raise BudgetError(
+        f"the {usd(planned.cap - planned.reserve)} for the search pay for no trial: a worker's start and end are "
+        f"forecast at {usd(planned.phase('overhead').cost)}, a run at {usd(run)}",
+        "raise budget.cap, lower budget.reserve, or shorten search.epochs; --anyway launches it all the same",
+    )
 
 
 def exists(name: str) -> UsageError:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from budgets.ledger import Ledger
-from sweep import current, endgame, feasibility, finale, records, rungs, seats, space, stopping, tables, telling, triage
+from sweep import current, endgame, feasibility, finale, records, rungs, seats, space, stopping, telling, triage
 from sweep.allocation import allocation_of
 from sweep.apply import apply
 from sweep.current import Current
@@ -30,13 +30,12 @@ from sweep.store import Store
 from sweep.study import Memory
 from sweep.triage import Funds
 from sweep.workers import Workers
-from trainers.messages import BaseEvaluated, Evaluated, Event, Ready, Release, Slice, Stop
+from trainers.messages import BaseEvaluated, Evaluated, Event, Ready, Release, Slice, Stop, TrialConfig
 
 POLL_SECONDS = 0.02
 STOP_MS = 25_000  # a worker that is told to stop has this long to checkpoint
 LATE_MS = 5_000  # a worker that lives so long beyond its paid time has no watchdog that works
 MAX_DEATHS = 3  # workers that die in a row without training anything
-MAX_REFUSED = 2  # trials asked in a row that could not be paid
 
 
 @dataclass
@@ -73,7 +72,7 @@ class Sweep:
         self.instructor = Instructor(launcher, self.projector.plan)
         self.asked_to = stopping
         self._stopping = False
-        self._refused = 0
+        self._refused: TrialConfig | None = None  # the last one that was asked for and could not be paid
         self._deaths = 0
         self._unreleased: Path | None = None  # the folder of a worker that ended, whose watchdog waits for a word
         self._trained_before = 0
@@ -154,6 +153,11 @@ class Sweep:
         record = self.launcher.read_usage(folder)
         # The last record is written after the last event, so events read from here on are all there will be.
         over = (record is not None and record.ended) or not alive
+        # Paid for before its events are read: a pack may say more than we can keep up with.
+        renews = not (over or self._stopping)
+        if renews and self.workers.renewal_due(worker, self._lengths, self._gap_ms):
+            self.launcher.send(folder, self._slice(self.workers.renew(worker, self._lengths)))
+            return True
         events = self.launcher.read_events(folder, worker.offset)
         if events:
             offset, event = events[0]
@@ -169,10 +173,6 @@ class Sweep:
         if self.study.timings is None and self.workers.now_ms(worker) > worker.paid_ms + LATE_MS:
             self.launcher.stop(folder)  # its watchdog is stopped or hangs: nobody else ends it
             return False
-        if not self._stopping and not worker.final and self.workers.renewal_due(worker, self._lengths, self._gap_ms):
-            renewed = self.workers.renew(worker, self._lengths)
-            self.launcher.send(folder, self._slice(renewed))
-            return True
         return False
 
     def _learn(self, event: Event) -> None:
@@ -199,10 +199,9 @@ class Sweep:
         folder = Path(worker.folder)
         if not self.launcher.alive(folder):
             self.workers.see_dead(worker)
+        lost_disk = worker.why.startswith("disk")
         with self.store.read() as connection:
-            lost_disk = worker.why.startswith("disk")
-            mine = tables.attempt.select().where(tables.attempt.c.study == self.name)
-            trained = sum(row.tokens for row in connection.execute(mine))
+            trained = records.trained_tokens(connection, self.name)
         self.workers.bury(worker, observed=True)
         self.instructor.forget()
         self._unreleased = folder
@@ -406,10 +405,9 @@ class Sweep:
 
     def _promote(self, trial: TrialRow, trials: list[TrialRow], results: Results, reason: str) -> bool:
         woken = replace(trial, state="waiting", target=max(trial.target, trial.rung + 1))
-        if not self._affordable(woken, trials, results):
-            return False
-        self._change(woken, "waiting", reason, target=woken.target, turn=records.next_turn(trials))
-        return True
+        if paid := self._affordable(woken, trials, results):
+            self._change(woken, "waiting", reason, target=woken.target, turn=records.next_turn(trials))
+        return paid
 
     def _affordable(self, trial: TrialRow, trials: list[TrialRow], results: Results) -> bool:
         """Whether a trial that joins can reach its end although all others reach their next decision before it."""
@@ -420,24 +418,25 @@ class Sweep:
     def _ask(self, trials: list[TrialRow], results: Results) -> bool:
         """Asks for a new trial; True if there is one more to consider."""
         search, examples, seed = self.study.spec.search, self.projector.plan.examples, self.study.spec.seed
-        number, cheapest = len(trials), feasibility.newcomers(self.study, trials)
-        # If not even the cheapest configuration can be paid, nothing is asked.
-        if self._refused >= MAX_REFUSED or not any(self._affordable(one, trials, results) for one in cheapest):
+        # If not even the cheapest configuration can be paid, nothing is asked; nor until what was refused could be.
+        number, least = len(trials), feasibility.newcomers(self.study, trials)
+        if self._refused is not None:
+            least = [records.newcomer(replace(self._refused, number=number))]
+        if not any(self._affordable(one, trials, results) for one in least):
             return False
-        ask, model = partial(space.suggest, search=search), partial(self.allocation.propose, number, trials, results)
-        _, chosen = self.memory.ask(number, ask, *feasibility.view(trials), model)
+        model = partial(self.allocation.propose, number, trials, results)
+        _, chosen = self.memory.ask(number, partial(space.suggest, search=search), *feasibility.view(trials), model)
         config = space.config(number, chosen, search, examples, seed)
         hopeless = feasibility.refusal(config, trials)
         affordable = self._affordable(records.newcomer(config), trials, results)
         with self.store.write() as connection:
             records.add_trial(connection, self.name, config, records.next_turn(trials))
             records.note(connection, self.name, "asked", f"trial {number}: {space.describe(config)}", number)
-        self._refused = 0 if affordable or hopeless else self._refused + 1
+        self._refused = None if affordable or hopeless else config
         if hopeless:
             self._end(records.newcomer(config), "failed", hopeless)
         elif not affordable:
-            money = self._funds(trials, results)
-            reason = triage.not_started(money, records.newcomer(config), self.projector)
+            reason = triage.not_started(self._funds(trials, results), records.newcomer(config), self.projector)
             self._end(records.newcomer(config), "pruned", reason)
         return True
 
@@ -457,8 +456,8 @@ class Sweep:
     def _stop_if_done(self, worker: WorkerRow, trials: list[TrialRow], filled: bool) -> None:
         # Only after a look whether somebody else may begin: after a crash the slots may be free, and nobody was asked.
         idle = filled and not any(t.state in records.RUNNING or t.slot == worker.id for t in trials)
-        # On recorded timings no clock ends the final slice, so we do.
         used_up = self.study.timings is not None and worker.final and worker.at_ms >= worker.work_ms
+        # On recorded timings no clock ends the final slice, so we do.
         if self._stopping or not (self.interrupted or idle or used_up):
             return
         if used_up and not self.interrupted and self._begin_endgame():

@@ -1,18 +1,17 @@
-"""What a cap buys, before a cent is spent: lengths, and forecasts of one run of each method from priors alone."""
+"""The lengths that trials are compared at, derived from data, cap and forecasts; and the plan of a whole study."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from budgets.forecast import Seconds
-from budgets.money import affordable_ms, cost_micros
 from sweep import rungs, space
+from sweep.outline import FACTORS, Outline, Probed, cheapest_run, outline
 from sweep.pricing import Quote
-from sweep.projection import Plan, Projector
-from sweep.spec import Method, SearchSpec, Spec
+from sweep.projection import Plan
+from sweep.spec import SearchSpec, Spec
 
 USUAL_RUNGS = (0.05, 0.1, 0.2, 0.4)  # until `settle` has derived others
 
@@ -64,7 +63,7 @@ def settle(spec: Spec, facts: dict[str, Any], quote: Quote) -> tuple[Spec, dict[
         notes.append(f"auto: evaluated at {where} % of a run; the model of the curves says who goes on")
         search = search.model_copy(update={"rungs": shares})
     elif search.rungs in {*rungs.DERIVED, "hyperband"}:
-        cheapest = min(run.cost for run in outline(spec, facts, quote).runs)
+        cheapest = cheapest_run(spec, facts, quote)
         fixed = search.eta if "eta" in search.model_fields_set else None
         derived = rungs.ladder((spec.budget.cap - spec.budget.reserve) / max(cheapest, 1), steps, fixed)
         shares = derived.shares
@@ -81,63 +80,11 @@ def settle(spec: Spec, facts: dict[str, Any], quote: Quote) -> tuple[Spec, dict[
     return spec.model_copy(update={"search": search}), facts | {"plan": plan, "notes": notes}
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run of a method to its end, from priors: cost in micro-dollars with its 80 % interval."""
-
-    method: Method
-    cost: int
-    low: int
-    high: int
-    affordable: int  # how many of these the cap would pay for, one after the other
-
-
-@dataclass(frozen=True)
-class Outline:
-    """What `launch` shows before it asks."""
-
-    cap: int
-    reserve: int
-    micros_per_hour: int
-    unit: str
-    minimum_seconds: float  # the least that the provider bills, and what it rounds up to
-    quantum_seconds: float
-    seconds: float  # of machine time that the cap pays for
-    plan: Plan
-    first_rung: int  # micro-dollars to bring one LoRA (or else full) trial to its first decision
-    runs: list[Run]
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
-
-def outline(spec: Spec, facts: dict[str, Any], quote: Quote) -> Outline:
-    """Forecasts from priors what the cap buys. Nothing was measured yet, so intervals are wide."""
-    lengths = Plan(**{**facts["plan"], "rungs": tuple(facts["plan"]["rungs"])})
-    per_rank = facts.get("trained_parameters_per_rank")
-    projector = Projector(lengths, facts["parameters"], facts["device"], facts["cores"], quote.unit, per_rank)
-    cap, micros_per_hour = spec.budget.cap, quote.tariff.now
-
-    def price(seconds: float) -> int:
-        return cost_micros(micros_per_hour, round(1000 * seconds))
-
-    runs, first = [], 0
-    for method in spec.search.method:
-        config = space.typical(method, spec.search, lengths.examples, spec.seed)
-        whole: Seconds = projector.train(config, lengths.run_tokens)
-        runs.append(Run(method, price(whole.mean), price(whole.low), price(whole.high), cap // price(whole.mean)))
-        rung = projector.train(config, lengths.until(0) or lengths.run_tokens).mean
-        first = min(first or price(rung), price(rung))
-    return Outline(
-        cap=cap,
-        reserve=spec.budget.reserve,
-        micros_per_hour=micros_per_hour,
-        unit=quote.unit,
-        minimum_seconds=quote.tariff.minimum_ms / 1000,
-        quantum_seconds=quote.tariff.quantum_ms / 1000,
-        seconds=affordable_ms(micros_per_hour, cap) / 1000,
-        plan=lengths,
-        first_rung=first,
-        runs=runs,
-    )
+def drawn(spec: Spec, facts: dict[str, Any], quote: Quote, probed: Probed | None = None) -> Outline:
+    """The whole plan of a spec whose rungs may not be derived yet, beside what other caps would buy; see outline."""
+    others = []
+    for factor in FACTORS:
+        parts = {name: round(factor * getattr(spec.budget, name)) for name in ("cap", "reserve")}
+        other = spec.model_copy(update={"budget": spec.budget.model_copy(update=parts)})
+        others.append(outline(*settle(other, facts, quote), quote, probed))
+    return outline(*settle(spec, facts, quote), quote, probed, others)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ USUAL_BATCH, USUAL_ROW = 8, 512  # examples a step and tokens an example; only w
 START_SECONDS = {False: 10.0, True: 2.0}  # interpreter, imports, the check of the loss; a replay has none of them
 GENERATED = 10.0  # what a generated token takes beside an evaluated one, before anything was measured: one at a time
 CHOICES = 4  # of a label, where the spec names none
+LEAST_MS = 0.5  # of what was measured as less than one
 FREE = 1e-6  # seconds of what costs nothing where tokens are paid for
 
 
@@ -123,17 +125,30 @@ class Projector:
 
     def observe_evaluation(self, config: TrialConfig, row: Any) -> None:
         """Learns from a stretch of training that ended in an evaluation (an Evaluated event, or its row)."""
-        self.forecast.observe(self._train(config, row.width), row.train_tokens, row.train_ms / 1000)
-        self.forecast.observe(self._evaluate(), row.evaluate_tokens, row.evaluate_ms / 1000)
-        self.forecast.observe(self._piece("checkpoint", config.method), 1, row.checkpoint_ms / 1000)
+        self._learn(self._train(config, row.width), row.train_tokens, row.train_ms)
+        self._learn(self._evaluate(), row.evaluate_tokens, row.evaluate_ms)
+        self._learn(self._piece("checkpoint", config.method), 1, row.checkpoint_ms)
+        self._learn(self._piece("write", config.method), 1, row.write_ms or row.checkpoint_ms)
         if row.examine_ms:
-            self.forecast.observe(self._reading(), self._examined(_confirms(config)), row.examine_ms / 1000)
+            self._learn(self._reading(), self._examined(_confirms(config)), row.examine_ms)
         if row.full_loss is not None:  # at its end; all trials of a study train on the same examples, but for a finale
             self._run_tokens = round(row.tokens * self.plan.examples / config.examples)
 
+    def of(self, plan: Plan) -> Projector:
+        """The same forecasts with other lengths; what either learns from here on, both know."""
+        other = copy.copy(self)
+        other.plan, other._run_tokens = plan, plan.run_tokens
+        return other
+
+    def _learn(self, work: Work, units: float, ms: int) -> None:
+        # What takes less than a millisecond, such as a checkpoint that is written beside training, reads 0. Left out it
+        # would be taken for as dear as its first guess for ever. On a meter of tokens 0 is exact.
+        if ms or not self._metered_by_token:
+            self.forecast.observe(work, units, max(ms, LEAST_MS) / 1000)
+
     def observe_load(self, ms: int) -> None:
         """Learns how long a worker took to get ready."""
-        self.forecast.observe(self._piece("load", "lora"), 1, ms / 1000)
+        self._learn(self._piece("load", "lora"), 1, ms)
 
     def observe_compile(self, ms: int) -> None:
         """Learns how long a worker compiled in its whole life; one that compiled nothing says nothing."""
@@ -144,11 +159,11 @@ class Projector:
         return self.forecast.total(self._start())
 
     def tail(self, methods: tuple[str, ...], slots: int, *, confirms: bool = False) -> Seconds:
-        """A last evaluation and the checkpoints of all slots, of which a full-parameter trial has one.
+        """A last evaluation and the checkpoints of all slots on the disk, of which a full-parameter trial has one.
 
         `confirms`: that evaluation may be a confirmation's.
         """
-        each = [self._saved(method, slots if method == "lora" else 1) for method in methods]
+        each = [self._written(method, slots if method == "lora" else 1) for method in methods]
         last = self.evaluation(self.plan.validation_tokens) + self.examined(confirms=confirms)
         return max(each, key=lambda seconds: seconds.high) + last
 
@@ -172,8 +187,8 @@ class Projector:
     def _reading(self) -> Work:
         return Work("examine", self._evaluate().prior_seconds)
 
-    def _saved(self, method: str, count: int) -> Seconds:
-        one = self.checkpoint(method)
+    def _written(self, method: str, count: int) -> Seconds:
+        one = self.forecast.seconds(self._piece("write", method))
         return Seconds(one.mean * count, one.low * count, one.high * count)
 
     def evaluation(self, tokens: int) -> Seconds:
@@ -181,7 +196,7 @@ class Projector:
         return self.forecast.seconds(self._evaluate(), tokens)
 
     def checkpoint(self, method: str) -> Seconds:
-        """One trial's checkpoint."""
+        """What one trial's checkpoint keeps the machine from training."""
         return self.forecast.seconds(self._piece("checkpoint", method))
 
     def train(self, config: TrialConfig, tokens: int, width: float = 1.0) -> Seconds:
@@ -220,11 +235,13 @@ class Projector:
 
     def parking_pays(self, trial: TrialRow) -> bool:
         """Whether writing and reading the trial's state is cheaper than training it again up to here."""
-        parked = self.forecast.seconds(self._piece("checkpoint", trial.config.method)).mean + self._restore(trial).mean
+        method = trial.config.method
+        parked = self.checkpoint(method).mean + self.restore(method).mean
         return parked < self.train(trial.config, trial.tokens).mean
 
-    def _restore(self, trial: TrialRow) -> Seconds:
-        return self.forecast.seconds(self._piece("restore", trial.config.method))
+    def restore(self, method: str) -> Seconds:
+        """Reading one trial's checkpoint."""
+        return self.forecast.seconds(self._piece("restore", method))
 
     def _until(self, target: int, config: TrialConfig) -> int:
         # A finale may be longer than the longest run of the search.

@@ -203,6 +203,12 @@ def evaluations(connection: Connection, name: str) -> Sequence[Any]:
     return connection.execute(query.order_by(tables.evaluation.c.ordinal)).all()
 
 
+def trained_tokens(connection: Connection, name: str) -> int:
+    """Tokens of all attempts of a study, from the start of each trial."""
+    query = select(func.coalesce(func.sum(tables.attempt.c.tokens), 0)).where(tables.attempt.c.study == name)
+    return int(connection.execute(query).scalar_one())
+
+
 def next_evaluation(connection: Connection, name: str) -> int:
     """The ordinal of the next evaluation of a study."""
     newest = select(func.coalesce(func.max(tables.evaluation.c.ordinal), 0)).where(tables.evaluation.c.study == name)

@@ -41,8 +41,12 @@ def live(study: Study, workers: Sequence[WorkerRow]) -> int:
 
     In a pack a few more, so that a slot that becomes free is taken while the sampler thinks about the next question.
     """
-    count = slots(study, workers)
-    return max(study.spec.search.live, count if count == 1 else count + math.ceil(count * AHEAD))
+    return places(slots(study, workers), study.spec.search.live)
+
+
+def places(count: int, least: int) -> int:
+    """How many trials take turns in so many slots, if the spec wants `least` of them."""
+    return max(least, count if count == 1 else count + math.ceil(count * AHEAD))
 
 
 def width(count: int, trials: Sequence[TrialRow]) -> int:

@@ -83,6 +83,11 @@ def _m004_endgame(connection: Connection) -> None:
     _add_missing_columns(connection)
 
 
+def _m005_writes(connection: Connection) -> None:
+    """How long checkpoints take that are written beside training."""
+    _add_missing_columns(connection)
+
+
 def _add_missing_columns(connection: Connection) -> None:
     inspected = inspect(connection)
     for table in [*ledger_tables.metadata.sorted_tables, *tables.metadata.sorted_tables]:
@@ -99,6 +104,7 @@ MIGRATIONS: list[Callable[[Connection], None]] = [
     _m002_tariffs_and_guards,
     _m003_packs,
     _m004_endgame,
+    _m005_writes,
 ]
 
 

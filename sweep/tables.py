@@ -120,6 +120,7 @@ evaluation = Table(
     Column("width", Real, nullable=False, server_default="1"),  # trials that trained at once: the stretch's mean
     Column("peak_bytes", Micros),  # of the worker's GPU memory, since the evaluation before
     Column("examine_ms", Micros, nullable=False, server_default="0"),  # of metric and scores
+    Column("write_ms", Micros, nullable=False, server_default="0"),  # until the checkpoint was on the disk
     PrimaryKeyConstraint("study", "trial", "rung"),
     ForeignKeyConstraint(["study", "trial"], ["sweep_trial.study", "sweep_trial.number"]),
     sqlite_strict=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from budgets.ledger import Balances
 from budgets.money import cost_micros, usd
@@ -84,7 +84,10 @@ def affordable(
         ahead += money.finish_seconds
     if money.cost(ahead + projector.to_end(trial).mean) + money.overhead > money.left_now:
         return False
-    return projected_spend(money, [*others, trial], projector) <= money.balances.cap
+    # A newcomer for whom there is just so much room would be pruned before it began: reports lag behind what is used.
+    room = projector.to_target(trial).mean if trial.rung < 0 else 0.0
+    roomy = replace(money, finish_seconds=money.finish_seconds + room)
+    return projected_spend(roomy, [*others, trial], projector) <= money.balances.cap
 
 
 def not_started(money: Funds, trial: TrialRow, projector: Projector) -> str:

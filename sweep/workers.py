@@ -140,14 +140,17 @@ class Workers:
         patience = max(SILENCE_MS, min(lengths.slice, LONG_SILENCE_MS), 3 * lengths.tail, 6 * gap_ms, loading)
         if now - worker.at_ms > patience:
             return False  # alive is not enough: a hung worker's time is not paid on
+        # What is held for the worker's end was a first guess, and much of it is known not to be needed: it may train.
+        if worker.paid_ms - lengths.tail - worker.work_ms >= lengths.slice // 2:
+            return True
         # Early enough that the worker, which ends before a step that would pass work_ms, never has to.
-        return worker.work_ms - now < lengths.slice * 2 // 3
+        return not worker.final and worker.work_ms - now < lengths.slice * 2 // 3
 
     def pressed(self, worker: WorkerRow, lengths: Lengths, gap_ms: int) -> bool:
         """Whether the worker has said something, or its next slice is due: the sampler's questions can wait."""
         if self.launcher.read_events(Path(worker.folder), worker.offset):
             return True
-        return not worker.final and self.renewal_due(worker, lengths, gap_ms)
+        return self.renewal_due(worker, lengths, gap_ms)
 
     def renew(self, worker: WorkerRow, lengths: Lengths) -> WorkerRow:
         """Settles the open slice and pays for the next; returns the worker's new row."""

@@ -16,7 +16,11 @@ from sweep.errors import UsageError
 @click.option("--cap", metavar="USD", help="The hard cap, such as $200; wins over budget.cap.")
 @click.option("--study", metavar="NAME", help="The study's name; wins over the spec's.")
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override a key: search.rank=[8,16].")
-@click.option("--anyway", is_flag=True, help="Launch although the GPU is not the one that the spec names.")
+@click.option(
+    "--anyway",
+    is_flag=True,
+    help="Launch although the spec names another GPU, or the plan trains nothing.",
+)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @storage_option
 @json_option
@@ -36,13 +40,13 @@ def command(
     """
     from rich.console import Console
 
-    from sweep import finale, launch, pricing, warm_start
+    from sweep import launch, pricing, warm_start
     from sweep.commands.drive import drive
     from sweep.launchers.local import LocalLauncher
-    from sweep.plan import outline, settle
+    from sweep.plan import drawn, settle
     from sweep.spec import load
     from sweep.store import Store
-    from sweep.views import tables
+    from sweep.views.plan import show_plan
 
     wanted = load(spec, overrides, study, cap)
     price = pricing.quote(wanted)
@@ -57,11 +61,12 @@ def command(
             launch.compare_gpu(wanted, facts)
         with store.read() as connection:
             facts = warm_start.apply(connection, wanted, facts)
-        wanted, facts = settle(wanted, facts, price)
         launch.settle_memory(store, wanted, facts)
-        facts["notes"] = [*facts["notes"], *finale.warnings(wanted, facts, price.unit, price.tariff.now)]
-        drawn = outline(wanted, facts, price).as_json()
-        tables.show_outline(Console(stderr=True), drawn, price.note, facts, wanted.machine.stop_command)
+        planned = drawn(wanted, facts, price)
+        wanted, facts = settle(wanted, facts, price)
+        show_plan(Console(stderr=True), planned.as_json(), price.note, facts, wanted.machine.stop_command)
+        if not anyway:
+            launch.refuse_nothing(planned)
         if not yes and not click.confirm("Launch?", err=True):
             raise UsageError("not launched; nothing was spent")
         launch.create(store, wanted, facts, price, folder, LocalLauncher().boot())

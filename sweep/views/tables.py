@@ -203,11 +203,12 @@ def show_spec(console: Console, study_name: str, spec: Mapping[str, Any], facts:
     text = yaml.dump(dict(spec), Dumper=_Yaml, sort_keys=False, allow_unicode=not _ascii(console), width=1000)
     whole(console, text.rstrip("\n"))
     whole(console, "# seen before the first hold, unpaid:", "dim")
-    for fact in _seen(facts):
+    for fact in seen(facts):
         whole(console, f"#   {fact}", "dim")
 
 
-def _seen(facts: Mapping[str, Any]) -> list[str]:
+def seen(facts: Mapping[str, Any]) -> list[str]:
+    """What was seen of model and data before anything was paid, a line each; how long that took comes last."""
     splits = facts["data"]["splits"]
     lines = [f"model: {facts['parameters']:,} parameters, on {facts['device']}"]
     lines += [f"{name}: {split['rows']:,} rows, {split['tokens']:,} tokens" for name, split in splits.items()]
@@ -354,69 +355,3 @@ def show_list(console: Console, listing: Sequence[dict[str, Any]]) -> None:
         Column("model", [s["model"] for s in listing], least=12, optional=True),
     ]
     console.print(fit(columns, console.width, glyphs(console)))
-
-
-def _affordable(outline: dict[str, Any]) -> str:
-    if outline["unit"] == "Mtok":
-        return f"{outline['seconds'] / 3600:,.3f} million tokens"
-    return f"{duration(outline['seconds'])} of machine time"
-
-
-def _rounding(outline: dict[str, Any]) -> list[tuple[str, str]]:
-    least, quantum = outline["minimum_seconds"], outline["quantum_seconds"]
-    if quantum < 1:
-        return []
-    at_least = f", at least {duration(least)}" if least > quantum else ""
-    return [("billed", f"in steps of {duration(quantum)}{at_least}; holds and charges are rounded up")]
-
-
-def show_outline(
-    console: Console, outline: dict[str, Any], price_note: str, facts: Mapping[str, Any], stop_command: str | None
-) -> None:
-    """Prints what the cap buys, before anybody is asked and anything is spent."""
-    plan, price = outline["plan"], rate(outline["micros_per_hour"], outline["unit"])
-    rungs = ", ".join(f"{tokens:,}" for tokens in plan["rungs"])
-    compared = f"at {rungs} tokens and at the end" if rungs else "at the end alone"
-    *seen, check = _seen(facts)
-    rows = [
-        ("cap", f"{usd(outline['cap'])}, never more: {_affordable(outline)}"),
-        *([("reserve", f"{usd(outline['reserve'])} of it for the endgame")] if outline["reserve"] else []),
-        ("price", f"{price}, {price_note}"),
-        *_rounding(outline),
-        *((name, words) for name, _, words in (fact.partition(": ") for fact in seen)),
-        *([("memory", facts["memory"])] if facts.get("memory") else []),
-        ("longest run", f"{plan['examples']:,} examples, {plan['run_tokens']:,} tokens"),
-        ("compared", f"{compared}, on {plan['rung_rows']:,} validation rows"),
-        ("first rung", f"{usd(outline['first_rung'])} for one trial to its first comparison"),
-    ]
-    say(console, "the plan; nothing is spent yet", "bold")
-    pairs(console, rows)
-    runs = outline["runs"]
-    columns = [
-        Column("one run to its end", [run["method"] for run in runs]),
-        Column("forecast", amounts([run["cost"] for run in runs]), right=True),
-        Column("80 % interval", [f"{usd(run['low'])} to {usd(run['high'])}" for run in runs], right=True),
-        Column("the cap pays", [f"{run['affordable']:,}" for run in runs], right=True),
-    ]
-    console.print()
-    console.print(fit(columns, console.width, glyphs(console)))
-    say(
-        console,
-        "(from priors; nothing measured yet. Runs are counted one after the other, without any pruning.)",
-        "dim",
-    )
-    if all(run["affordable"] == 0 for run in runs):
-        say(
-            console,
-            "WARNING: by this forecast the cap pays for no whole run; shorten search.epochs or raise it",
-            "bold",
-        )
-    for words in facts.get("notes", []):
-        say(console, words, "dim")
-    say(console, f"{check}; it is not paid for")
-    if stop_command is None and facts["device"] not in {"cpu", "replay"}:
-        say(
-            console,
-            "no machine.stop_command: a rented machine's meter runs on after the sweep, outside the cap",
-            "bold",
-        )

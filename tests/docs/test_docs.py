@@ -11,7 +11,7 @@ import pytest
 
 from sweep import pricing
 from sweep.cli import VERBS
-from sweep.plan import lengths, outline
+from sweep.plan import drawn, lengths
 from sweep.spec import load
 
 ROOT = Path(__file__).parents[2]
@@ -69,9 +69,9 @@ def test_the_articles_case_is_planned() -> None:
     splits = {"train": {"rows": 8_000, "tokens": 2_400_000}, "validation": {"rows": 1_000, "tokens": 300_000}}
     facts = {"parameters": 7_615_616_512, "device": "NVIDIA A100-SXM4-80GB", "cores": 16, "data": {"splits": splits}}
     facts["plan"] = lengths(spec.search, splits).__dict__
-    drawn = outline(spec, facts, pricing.quote(spec))
-    runs = {run.method: run for run in drawn.runs}
-    assert drawn.cap == 200_000_000
+    plan = drawn(spec, facts, pricing.quote(spec))
+    runs = {run.method: run for run in plan.runs}
+    assert plan.cap == 200_000_000
     assert runs["lora"].low < runs["lora"].cost < runs["lora"].high
     assert 1.3 < runs["full"].cost / runs["lora"].cost < 1.7, "6N FLOPs a token against 4N"
-    assert 50 * drawn.first_rung < drawn.cap
+    assert 50 * plan.first_rung < plan.cap

@@ -105,7 +105,8 @@ def test_its_money_is_kept_from_the_race_and_what_is_missing_is_said_before_and_
     assert spent(found["accounts"]) > 90_000, "the race had the rest"
     spec = small(poor, cap="$0.05", endgame={"finale_length": 4.0}, trials=4)
     launched = sweep("launch", str(spec), "--yes", cwd=poor)
-    assert "Set budget.reserve to" in " ".join(launched.stderr.split())
+    said = " ".join(launched.stderr.split())
+    assert "over 2 seeds and the finale take $" in said and "it would fit with budget.reserve: $" in said
     found = checked(poor)
     assert not records.finales(found["trials"])
     assert any("no finale was trained: it is forecast at" in text for text in found["log"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies import kill, machine_micros, pids, read, spent, start, sweep, wait_for, write_spec
+from studies import TIMINGS, kill, machine_micros, pids, read, spent, start, sweep, wait_for, write_spec
 
 ROOT = Path(__file__).parents[2]
 SAVE = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import tiny; "
@@ -90,3 +90,15 @@ def test_methods_take_turns_in_packs(tmp_path: Path) -> None:
     assert all(trial.tokens > 0 or trial.diverged for trial in found["trials"])
     assert any(trial.state == "completed" for trial in found["trials"])
     assert found["held"] == 0 and spent(found["accounts"]) == machine_micros(found["workers"])
+
+
+def test_a_pack_spends_its_cap(tmp_path: Path) -> None:
+    """Proves that what is kept back for the end of a slice is not a first guess for ever: checkpoints that cost nothing
+    are measured too, the paid time grows as the tail shrinks, and asking begins again as trials leave the pack."""
+    spec = write_spec(tmp_path, cap="$0.06", timings=True, machine={"slots": 16})
+    (tmp_path / "timings.json").write_text(json.dumps(TIMINGS | {"evaluate": 0.0, "checkpoint": 0.0, "restore": 0.0}))
+    sweep("launch", str(spec), "--yes", cwd=tmp_path)
+    found = read(tmp_path)
+    assert len(found["workers"]) == 1
+    assert any(trial.state == "completed" for trial in found["trials"])
+    assert 51_000 < spent(found["accounts"]) <= 60_000

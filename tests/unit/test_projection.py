@@ -39,7 +39,7 @@ def trial(number: int, **values: Any) -> TrialRow:
 def measured(tokens: int, seconds: float, *, final: bool = False) -> SimpleNamespace:
     """What the worker says of a stretch of 1,000 tokens that ended at `tokens`."""
     row = {"tokens": tokens, "train_tokens": 1_000, "train_ms": round(1000 * seconds), "checkpoint_ms": 100}
-    row |= {"examine_ms": 0}
+    row |= {"examine_ms": 0, "write_ms": 100}
     return SimpleNamespace(**row, width=1.0, evaluate_tokens=300, evaluate_ms=500, full_loss=2.0 if final else None)
 
 
@@ -141,6 +141,20 @@ def test_the_tail_pays_for_every_slot() -> None:
     one, four = (projector.tail(("lora",), slots).high for slots in (1, 4))
     assert math.isclose(four - one, 3 * projector.checkpoint("lora").high, rel_tol=1e-9)
     assert projector.tail(("full",), 4) == projector.tail(("full",), 1)
+
+
+def test_checkpoints_beside_training_cost_nothing_and_the_tail_is_what_their_writes_take() -> None:
+    """Proves that a checkpoint which kept nobody waiting is a measurement too: a pack's tail is forecast from how long
+    writes take, and not, for want of anything else, from the upper end of a first guess for every slot."""
+    projector = Projector(PLAN, 10_000_000, "cpu", 2)
+    unknown = projector.tail(("lora",), 32).high
+    for number in range(8):
+        row = measured(1_000, 2.0)
+        row.checkpoint_ms, row.write_ms = 0, 100
+        projector.observe_evaluation(config(number), row)
+    assert projector.checkpoint("lora").high < 0.01
+    writes = projector.tail(("lora",), 32).high - projector.evaluation(PLAN.validation_tokens).high
+    assert 32 * 0.1 < writes < 32 * 0.15 < unknown / 5
 
 
 # --- in the status --------------------------------------------------------------------------------------------------

@@ -291,7 +291,13 @@ def test_what_is_measured_beyond_the_loss_is_forecast_and_learned(connection: Co
     assert tails[1] > tails[0] > projector.examined(confirms=False).high
     ends = [projector.to_end(dataclasses.replace(row, target=4)).mean for row in (records.newcomer(trial.config), run)]
     assert ends[1] - ends[0] == pytest.approx(confirmed - every, rel=0.05)
-    took = {"train_ms": 1_000, "evaluate_ms": 100, "checkpoint_ms": 10, "examine_ms": round(3_000 * confirmed)}
+    took = {
+        "train_ms": 1_000,
+        "evaluate_ms": 100,
+        "checkpoint_ms": 10,
+        "write_ms": 10,
+        "examine_ms": round(3_000 * confirmed),
+    }
     stretch = {"tokens": 2_000, "train_tokens": 2_000, "evaluate_tokens": 1_300, "width": 1.0, "full_loss": 2.0}
     for _ in range(3):
         projector.observe_evaluation(run.config, SimpleNamespace(**took, **stretch))

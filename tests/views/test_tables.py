@@ -15,15 +15,16 @@ from view_samples import (
     a_best,
     a_confirmation,
     a_confirmed_best,
+    a_plan,
     a_statement,
     a_status,
     a_trial,
-    an_outline,
     money,
     some_trials,
 )
 
 from sweep.views import tables
+from sweep.views.plan import show_plan
 
 Show = Callable[[Console], None]
 
@@ -44,6 +45,13 @@ def copied(line: str) -> bool:
 
 
 REPEATED = [*a_confirmation(4)["runs"], a_confirmed_best(4)["deliverable"]["trial"]]
+
+
+def planned(console: Console, cap: int, stop_command: str | None = None, **endgame: int) -> None:
+    """A plan as `launch` shows it."""
+    values, facts = a_plan(cap, **endgame)
+    show_plan(console, values, "from the spec", facts, stop_command)
+
 
 VIEWS: dict[str, Show] = {
     "trials": lambda c: tables.show_trials(c, "words", some_trials(60), None),
@@ -67,7 +75,8 @@ VIEWS: dict[str, Show] = {
         c, a_status([a_trial(2)], stopped="trial 2 was not improved on by more than 0.2 % over 20 trials")
     ),
     "empty status": lambda c: tables.show_status(c, a_status([], cap=3)),
-    "outline": lambda c: tables.show_outline(c, an_outline(200_000_000)[0], "a note", an_outline(1)[1], None),
+    "plan": lambda c: planned(c, 200_000_000, seeds=3),
+    "plan of nothing": lambda c: planned(c, 60),
     "list": lambda c: tables.show_list(
         c,
         [
@@ -224,23 +233,33 @@ def test_a_frozen_study_says_so() -> None:
 
 def test_the_spec_can_be_launched_again() -> None:
     spec = {"study": "words", "model": "m" * 200, "search": {"rank": [4, 8], "learning_rate": {"low": 1e-5}}}
-    facts = an_outline(1)[1]
+    facts = a_plan(1_000_000)[1]
     text = rendered(lambda c: tables.show_spec(c, "words", spec, facts))
     assert yaml.safe_load(text) == spec
     assert "#   train: 2,000 rows, 40,000 tokens" in text and "135,000,000 parameters" in text
 
 
-def test_the_outline_says_what_the_cap_is_worth() -> None:
-    outline, facts = an_outline(60_000)
-    text = rendered(lambda c: tables.show_outline(c, outline, "from the spec", facts, None))
-    for words in ("$0.0600, never more: 60.0 s", "$3.60/hour, from the spec", "from priors; nothing measured yet"):
+def test_the_plan_says_what_the_cap_is_worth() -> None:
+    """Proves that the phases add up to the cap and that what a plan rests on is said; nothing is searched by full
+    training where the spec does not ask for it."""
+    text = rendered(lambda c: planned(c, 60_000_000, seeds=2))
+    for words in ("$60.00, never more: 16 h 40 min", "$3.60/hour, from the spec", "from priors: nothing was measured"):
         assert words in text
-    assert re.search(r"lora +\$0\.0020\d* +\$0\.000278 to \$0\.0144 +30", text)
+    amounts = re.findall(r"^(\w+) +\$([\d.]+) +[\d.]+ %", text, re.MULTILINE)
+    found = {name: Decimal(amount) for name, amount in amounts}
+    phases = [found[name] for name in ("search", "confirmation", "overhead", "left")]
+    assert abs(sum(phases) - found["CAP"]) <= Decimal("0.03"), "each is rounded to a cent"
+    assert re.search(r"^half the cap +\$30\.00 ", text, re.M) and re.search(r"^twice the cap +\$120\.00 ", text, re.M)
     assert "meter runs on after the sweep" in text
-    stopped = rendered(lambda c: tables.show_outline(c, outline, "from the spec", facts, "poweroff"))
-    assert "meter runs on" not in stopped
+    assert "meter runs on" not in rendered(lambda c: planned(c, 60_000_000, "poweroff", seeds=2))
 
 
-def test_the_outline_warns_when_no_run_can_be_paid() -> None:
-    outline, facts = an_outline(60)
-    assert "WARNING" in rendered(lambda c: tables.show_outline(c, outline, "", facts, "poweroff"))
+def test_the_plan_warns_of_what_cannot_be_paid() -> None:
+    """Proves that a cap under a whole run, and a reserve under the confirmation, are named with what would fit."""
+    assert "WARNING: the cap pays for no whole run" in rendered(lambda c: planned(c, 60, seeds=0))
+    text = " ".join(rendered(lambda c: planned(c, 20_000, seeds=3), 160).split())
+    assert re.search(
+        r"WARNING: the best configuration of each method over 3 seeds takes \$[\d.]+, the reserve is", text
+    )
+    assert "it would fit with" in text and "fewer endgame.seeds" in text
+    assert "WARNING" not in rendered(lambda c: planned(c, 60_000_000, seeds=3))

@@ -6,6 +6,10 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from sweep import pricing
+from sweep.plan import drawn, lengths
+from sweep.spec import validate
+
 FOLDER = "/srv/studies/a folder with a rather long name/runs/words/trials/{:04d}/ckpt-000032"
 RUNGS = (320, 640, 1120, 2080, 5000)
 TARGETS = ("attention", "mlp", "all-linear")
@@ -181,15 +185,19 @@ def a_status(
     }
 
 
-def an_outline(cap: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """An outline as JSON, and the facts it was drawn from."""
-    plan = {"examples": 250, "run_tokens": 5_000, "rungs": [250, 500, 1_000, 2_000], "rung_rows": 18}
-    runs = [
-        {"method": "lora", "cost": 2_000, "low": 278, "high": 14_400, "affordable": cap // 2_000},
-        {"method": "full", "cost": 3_000, "low": 351, "high": 25_600, "affordable": cap // 3_000},
-    ]
-    outline = {"cap": cap, "reserve": 0, "micros_per_hour": 3_600_000, "unit": "hour", "seconds": cap / 1_000}
-    outline |= {"minimum_seconds": 60.0, "quantum_seconds": 1.0, "plan": plan, "first_rung": 100}
+def a_plan(cap: int, **endgame: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A plan as JSON, and the facts it was drawn from."""
     splits = {"train": {"rows": 2_000, "tokens": 40_000}, "validation": {"rows": 64, "tokens": 1_300}}
-    facts = {"parameters": 135_000_000, "device": "NVIDIA H100", "seconds": 2.4, "data": {"splits": splits}}
-    return {**outline, "runs": runs}, facts
+    splits["test"] = {"rows": 64, "tokens": 1_300}
+    facts: dict[str, Any] = {"parameters": 135_000_000, "device": "NVIDIA H100", "cores": 16, "seconds": 2.4}
+    facts |= {"data": {"splits": splits}, "notes": ["a note"]}
+    values = {
+        "study": "words",
+        "model": "m",
+        "data": {"train": "t"},
+        "search": {"method": ["lora", "full"], "epochs": 10},
+    }
+    values |= {"machine": {"price": "$3.60/hour"}, "budget": {"cap": f"${cap / 1e6:.6f}"}, "endgame": endgame}
+    spec = validate(values, "here")
+    facts["plan"] = lengths(spec.search, splits).__dict__
+    return drawn(spec, facts, pricing.quote(spec)).as_json(), facts
