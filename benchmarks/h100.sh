@@ -3,6 +3,7 @@
 #
 #   packing-135m packing-1.5b packing-8b   today's tools against packed trials, text of 300 tokens an example
 #   short                                  the same at 135M with text under 40 tokens
+#   alone                                  trials in a pack against the same trials alone
 #   memory                                 predicted against measured peaks, LoRA and full
 #   full                                   full-parameter steps at 135M and 1.5B: tokens/s, MFU, peak memory
 #   study                                  start-up cold and warm, occupancy, empty slots, forecasts in a small study
@@ -25,9 +26,10 @@ step() {
     echo "$* : exit $? after $((SECONDS - begun)) s" | tee -a "$out/steps.txt"
 }
 
-packing() { # limit, shape, steps of a trial, slots, tokens, numbers of processes, more
-    step "$1" benchmarks.packing --shape "$2" --mode cold warm processes solo pack --steps "$3" --seconds 12 --warm-up 3 \
-        --slots "$4" --tokens "$5" --processes $6 --scratch "$scratch" --out "$out/packing.jsonl" "${@:7}"
+packing() { # shape, slots, tokens, numbers of Trainers at once (more run out of memory), more
+    local common=(--shape "$1" --seconds 8 --warm-up 3 --scratch "$scratch" --out "$out/packing.jsonl" "${@:5}")
+    step 400 benchmarks.packing --mode cold pack solo processes --slots "$2" --tokens "$3" --processes $4 "${common[@]}"
+    step 90 benchmarks.packing --mode warm --steps 60 "${common[@]}"
 }
 
 root=$PWD
@@ -42,10 +44,11 @@ study() { # words or sums, more settings
 
 for part in "$@"; do
     case $part in
-    packing-135m) packing 560 smollm2-135m 80 40 65536 "4 8 16" ;;
-    packing-1.5b) packing 560 1.5b 80 12 24576 "2 4 8" ;;
-    packing-8b) packing 590 8b 60 8 8192 "2 4" ;;
-    short) packing 560 smollm2-135m 80 64 65536 "8 16" --data short ;;
+    packing-135m) packing smollm2-135m 40 65536 "2 4" ;;
+    packing-1.5b) packing 1.5b 12 24576 "2 3" ;;
+    packing-8b) packing 8b 8 8192 2 ;;
+    short) packing smollm2-135m 64 65536 "4 8 16" --data short ;;
+    alone) step 120 benchmarks.alone --tokens 32768 --scratch "$scratch" --out "$out/alone.jsonl" ;;
     memory) step 580 benchmarks.memory --total 350 --out "$out/memory.jsonl" ;;
     full)
         for shape in smollm2-135m 1.5b; do

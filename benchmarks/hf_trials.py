@@ -172,8 +172,8 @@ def tidy(device: torch.device) -> None:
 
 
 def peak_gib(device: torch.device) -> float | None:
-    """The most GPU memory that tensors took since the last reset."""
-    return torch.cuda.max_memory_allocated() / _GIB if device.type == "cuda" else None
+    """The most GPU memory that the allocator held since the last reset, with what captured graphs keep for themselves."""
+    return torch.cuda.max_memory_reserved() / _GIB if device.type == "cuda" else None
 
 
 def _reset_peak(device: torch.device) -> None:
