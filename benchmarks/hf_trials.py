@@ -172,7 +172,7 @@ def tidy(device: torch.device) -> None:
 
 
 def peak_gib(device: torch.device) -> float | None:
-    """The most GPU memory that the allocator held since the last reset, with what captured graphs keep for themselves."""
+    """The most GPU memory that the allocator held since the last reset, captured graphs' own included."""
     return torch.cuda.max_memory_reserved() / _GIB if device.type == "cuda" else None
 
 

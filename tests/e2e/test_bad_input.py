@@ -59,8 +59,14 @@ def test_other_refusals(tmp_path: Path) -> None:
     assert "has no trial 99" in sweep("show", "99", cwd=tmp_path, check=4).stderr
     error = json.loads(sweep("show", "99", "--json", cwd=tmp_path, check=4).stderr)["error"]
     assert error["code"] == "not_found" and error["hint"]
-    poor = sweep("launch", str(spec), "--yes", "--study", "poor", "--cap", "$0.0001", cwd=tmp_path, check=3)
-    assert "no trial was trained to its end" in poor.stderr and "Traceback" not in poor.stderr
+    small = "--study", "poor", "--cap", "$0.0001"
+    poor = sweep("launch", str(spec), "--yes", *small, cwd=tmp_path, check=3)
+    assert "for the search pay for no trial: a worker's start" in poor.stderr and "Traceback" not in poor.stderr
+    assert "there is no study poor" in sweep("status", "poor", cwd=tmp_path, check=4).stderr
+    anyway = sweep(
+        "launch", str(spec), "--yes", "--anyway", "--study", "poor", "--cap", "$0.0001", cwd=tmp_path, check=3
+    )
+    assert "no trial was trained to its end" in anyway.stderr and "Traceback" not in anyway.stderr
 
 
 def test_a_tampered_ledger_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@
     ChargesAgain         a repeated charge is one more charge      model: the balances                SQLite
     ReturnsTheExpired    takes silence for no use                  model: the balances                SQLite
     ExtendsByAmount      the target is taken for a difference      model: the holds, or a refusal     SQLite
-    HidesTheOverrun      what was lost is posted nowhere           model: the balances                SQLite
+    HidesTheOverrun      what was lost is posted nowhere           model: the balances, or a bill     SQLite
     RefundsAgain         a repeated refund is one more refund      model: the balances, a refusal, or SQLite
                                                                    CHECK never_overdrawn
 

@@ -30,7 +30,7 @@ CAUGHT: dict[type[Ledger], tuple[Check, str]] = {
     mutants.ChargesAgain: (model, "the balances are"),
     mutants.ReturnsTheExpired: (model, "the balances are"),
     mutants.ExtendsByAmount: (model, "the open holds are|do not fit"),
-    mutants.HidesTheOverrun: (model, "the balances are"),
+    mutants.HidesTheOverrun: (model, "the balances are|the bill differs by"),
     mutants.RefundsAgain: (model, "the balances are|never_overdrawn|holds less than"),
 }
 NEEDS_POSTGRES = (mutants.ReadsThenWrites, mutants.ChecksBeforeTheLock)
