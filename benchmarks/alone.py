@@ -17,19 +17,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import hf_trials
-from benchmarks.packing import load_engine, machine
-from benchmarks.workload import DATA, KINDS, ROOT, SHAPES, Setup, draw_trials, make_setup
+from benchmarks.packing import Report, load_engine, machine, parsed
+from benchmarks.workload import SHAPES, Setup, draw_trials, make_setup
 from trainers.engine import Engine, TrialFailed
 from trainers.messages import TrialConfig
 
@@ -96,22 +94,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--tokens", type=int, help="of a full stream of the pack")
-    parser.add_argument("--data", choices=KINDS, default="long")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--model", type=Path, default=ROOT / "models" / "smollm2-135m", metavar="DIR")
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp"), metavar="DIR", help="or /dev/shm")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="append the line here")
-    options = parser.parse_args(arguments)
-    hf_trials.quiet()
+    options = parsed(parser, arguments)
     device = torch.device(options.device)
-    setup = make_setup(SHAPES[options.shape], DATA / options.data, options.model, options.scratch, device)
+    setup = make_setup(SHAPES[options.shape], options.rows, options.model, options.scratch, device)
     common = {"shape": options.shape, "data": options.data, "weights": setup.weights, **machine(device)}
-    text = json.dumps({**common, **measure(setup, options)})
-    print(text, flush=True)
-    if options.out is not None:
-        with options.out.open("a") as file:
-            file.write(text + "\n")
+    Report(options.out).add({**common, **measure(setup, options)})
     return 0
 
 

@@ -18,7 +18,6 @@ The exit code is 1 if a run failed.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import time
@@ -32,8 +31,8 @@ from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
 from benchmarks import hf_trials
-from benchmarks.packing import machine
-from benchmarks.workload import DATA, KINDS, PEAK_FLOPS, ROOT, SHAPES, Setup, linear_parameters, make_setup
+from benchmarks.packing import Report, machine, parsed
+from benchmarks.workload import PEAK_FLOPS, SHAPES, Setup, linear_parameters, make_setup
 from trainers.engine import TrialFailed
 from trainers.full.distributed import Ensemble
 from trainers.full.engine import FullEngine
@@ -176,15 +175,10 @@ def run(options: argparse.Namespace) -> int:
     keys = ("batch_size", "optimizer", "checkpointing", "eager", "tokens", "seed")
     common |= {key: getattr(options, key) for key in keys}
     lines: list[dict[str, Any]] = []
+    report = Report(options.out)
     saved: Path | None = None
     folder = options.scratch / f"full-checkpoints-{options.shape}"
     shutil.rmtree(folder, ignore_errors=True)
-
-    def report(line: dict[str, Any]) -> None:
-        print(json.dumps(line), flush=True)
-        if options.out is not None:
-            with options.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
 
     for place, processes in enumerate(options.processes):
         hf_trials.tidy(device)
@@ -193,13 +187,13 @@ def run(options: argparse.Namespace) -> int:
             found = measure(setup, options, processes, saved, into)
         except (TrialFailed, ModelError, RuntimeError) as error:
             said = str(error).splitlines()[0]
-            report({**common, "processes": processes, "failed": getattr(error, "code", "error"), "said": said})
+            report.add({**common, "processes": processes, "failed": getattr(error, "code", "error"), "said": said})
             return 1
         saved = into
         lines.append({**common, "processes": processes, **found})
-        report(lines[-1])
+        report.add(lines[-1])
     if len(lines) > 1:
-        report({**summary(lines, options.hand_over), "shape": options.shape})
+        report.add({**summary(lines, options.hand_over), "shape": options.shape})
     shutil.rmtree(folder, ignore_errors=True)
     return 0
 
@@ -211,7 +205,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--processes", type=int, nargs="+", default=[1])
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers to save memory")
     parser.add_argument("--optimizer", choices=("adamw", "adamw-8bit"), default="adamw")
-    parser.add_argument("--data", choices=KINDS, default="long")
     parser.add_argument("--steps", type=int, default=30, help="that are measured")
     parser.add_argument("--warm-up", type=int, default=5, help="steps before: compilers and allocators settle")
     parser.add_argument("--batch-size", type=int, help="rows a step; the shape's own if not given")
@@ -219,15 +212,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rate", type=float, default=2e-5, help="learning rate")
     parser.add_argument("--eager", action="store_true", help="compile no layers")
     parser.add_argument("--hand-over", action="store_true", help="each run goes on from the one before")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--model", type=Path, default=ROOT / "models" / "smollm2-135m", metavar="DIR")
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp"), metavar="DIR", help="or /dev/shm")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="append the lines here")
-    options = parser.parse_args(arguments)
-    options.rows = DATA / options.data
-    hf_trials.quiet()
-    return run(options)
+    return run(parsed(parser, arguments))
 
 
 if __name__ == "__main__":

@@ -326,7 +326,7 @@ def summary(lines: list[dict[str, Any]], common: dict[str, Any]) -> dict[str, An
     return found
 
 
-class _Report:
+class Report:
     """Prints lines and appends them to a file, one by one."""
 
     def __init__(self, out: Path | None) -> None:
@@ -377,7 +377,7 @@ def run(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     setup = make_setup(SHAPES[options.shape], options.rows, options.model, options.scratch, device)
     common = {"shape": options.shape, "data": options.data, "weights": setup.weights, **machine(device)}
-    report = _Report(options.out)
+    report = Report(options.out)
     for mode in options.mode:
         for count in _counts(mode, options):
             # What a failed mode left is free only now that its error is gone, and other processes need it.
@@ -392,12 +392,25 @@ def run(options: argparse.Namespace) -> int:
     return int(report.failed)
 
 
+def parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """Reads a command line with the options of all that train on the workload; `rows` is where its texts are."""
+    parser.add_argument("--data", choices=KINDS, default="long")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "smollm2-135m", metavar="DIR")
+    parser.add_argument("--scratch", type=Path, default=Path("/tmp"), metavar="DIR", help="or /dev/shm")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="append the lines here")
+    options = parser.parse_args(arguments)
+    options.rows = DATA / options.data
+    hf_trials.quiet()
+    return options
+
+
 def main(arguments: list[str]) -> int:
     """Reads the command line and runs what it asks for; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.packing", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shape", choices=list(SHAPES), required=True)
     parser.add_argument("--mode", choices=MODES, nargs="+", default=list(MODES))
-    parser.add_argument("--data", choices=KINDS, default="long")
     parser.add_argument("--seconds", type=float, default=30.0, help="of measuring, a mode and count")
     parser.add_argument("--trials", type=int, default=1, help="cold and warm: whole trials")
     parser.add_argument("--steps", type=int, default=200, help="of a trial")
@@ -405,16 +418,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tokens", type=int, help="of a full stream of our engine")
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--warm-up", type=float, default=5.0, help="seconds an engine trains before it is measured")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--model", type=Path, default=ROOT / "models" / "smollm2-135m", metavar="DIR")
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp"), metavar="DIR", help="or /dev/shm")
     parser.add_argument("--price", type=float, default=PRICE, help="dollars an hour")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="append the lines here")
-    options = parser.parse_args(arguments)
-    options.rows = DATA / options.data
-    hf_trials.quiet()
-    return run(options)
+    return run(parsed(parser, arguments))
 
 
 if __name__ == "__main__":

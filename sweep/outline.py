@@ -23,6 +23,7 @@ from sweep import endgame, finale, rungs, seats, slices, space
 from sweep.endgame import Candidate, SecondsOf
 from sweep.pricing import Quote
 from sweep.projection import Plan, Projector, plan, untaught
+from sweep.proposals import anything
 from sweep.records import Study, newcomer
 from sweep.rehearsal import Costs, Rehearsed, Rules, rehearse
 from sweep.spec import RESERVE_SHARE, Method, Spec
@@ -465,28 +466,7 @@ def _runs(group: Sequence[Candidate], seeds: int) -> list[tuple[Candidate, int]]
     return [(one, ordinal) for one in group for ordinal in range(1, seeds + 1)]
 
 
-class _Chance:
-    """Suggests evenly from a space, as Optuna's random sampler does."""
-
-    def __init__(self, seed: int) -> None:
-        self._draw = random.Random(seed)
-
-    def suggest_categorical(self, name: str, choices: Any) -> Any:
-        """One of the choices."""
-        return self._draw.choice(choices)
-
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        """Anything in between: no cost depends on it."""
-        return self._draw.uniform(low, high)
-
-    def suggest_int(self, name: str, low: int, high: int) -> int:
-        """A whole number."""
-        return self._draw.randint(low, high)
-
-
 def drawn_configs(spec: Spec, method: Method, examples: int) -> list[TrialConfig]:
     """Configurations of a method, as a search without any knowledge would draw them."""
-    search, chance = spec.search.model_copy(update={"method": (method,)}), _Chance(spec.seed)
-    return [
-        space.config(number, space.suggest(chance, search), search, examples, spec.seed) for number in range(CONFIGS)
-    ]
+    search, draw = spec.search.model_copy(update={"method": (method,)}), random.Random(spec.seed)
+    return [space.config(number, anything(search, draw), search, examples, spec.seed) for number in range(CONFIGS)]

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from trainers.lora.stream import BLOCK
+
 LOG2_E = 1.4426950408889634
 
 
@@ -26,21 +28,21 @@ def _tile(base, rows, dims, step, limit, D: tl.constexpr):
 @triton.jit
 def _forward(
     q, k, v, out, lse, blocks, scale, tokens, q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h,
-    SHARED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    SHARED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """out and lse (base 2) of OUTER queries of one head; SHARED query heads read one key head."""
+    """out and lse (base 2) of BLOCK queries of one head; SHARED query heads read one key head."""
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first, last = tl.load(blocks + block * 3), tl.load(blocks + block * 3 + 1)
     begin = tl.load(blocks + block * 3 + 2)
-    if last > begin and (begin - first) % OUTER == 0:
+    if last > begin:
         k += (head // SHARED) * k_h
         v += (head // SHARED) * v_h
-        rows, dims = begin + tl.arange(0, OUTER), tl.arange(0, WIDTH)
+        rows, dims = begin + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
         query = _tile(q + head * q_h, rows, dims, q_t, last, D)
-        top = tl.full((OUTER,), -float("inf"), dtype=tl.float32)
-        total = tl.zeros((OUTER,), dtype=tl.float32)
-        sums = tl.zeros((OUTER, WIDTH), dtype=tl.float32)
-        for at in range(first, tl.minimum(begin + OUTER, last), INNER):
+        top = tl.full((BLOCK,), -float("inf"), dtype=tl.float32)
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        sums = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
+        for at in range(first, tl.minimum(begin + BLOCK, last), INNER):
             columns = at + tl.arange(0, INNER)
             score = tl.dot(query, tl.trans(_tile(k, columns, dims, k_t, last, D))) * scale
             score = tl.where((rows[:, None] >= columns[None, :]) & (columns < last)[None, :], score, -float("inf"))
@@ -60,24 +62,24 @@ def _forward(
 def _backward_query(
     q, k, v, out, lse, slope, delta, dq, blocks, scale, natural, tokens,
     q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, s_t, s_h, d_t, d_h,
-    SHARED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    SHARED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of OUTER queries of one head, and delta = sum(slope * out) for the other kernel."""
+    """The gradient of BLOCK queries of one head, and delta = sum(slope * out) for the other kernel."""
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first, last = tl.load(blocks + block * 3), tl.load(blocks + block * 3 + 1)
     begin = tl.load(blocks + block * 3 + 2)
-    if last > begin and (begin - first) % OUTER == 0:
+    if last > begin:
         k += (head // SHARED) * k_h
         v += (head // SHARED) * v_h
-        rows, dims = begin + tl.arange(0, OUTER), tl.arange(0, WIDTH)
+        rows, dims = begin + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
         query = _tile(q + head * q_h, rows, dims, q_t, last, D)
         given = _tile(slope + head * s_h, rows, dims, s_t, last, D)
         made = _tile(out + head * o_h, rows, dims, o_t, last, D)
         both = tl.sum(given.to(tl.float32) * made.to(tl.float32), axis=1)
         tl.store(delta + head * tokens + rows, both, mask=rows < last)
         level = tl.load(lse + head * tokens + rows, mask=rows < last, other=0.0)
-        sums = tl.zeros((OUTER, WIDTH), dtype=tl.float32)
-        for at in range(first, tl.minimum(begin + OUTER, last), INNER):
+        sums = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
+        for at in range(first, tl.minimum(begin + BLOCK, last), INNER):
             columns = at + tl.arange(0, INNER)
             key = _tile(k, columns, dims, k_t, last, D)
             score = tl.dot(query, tl.trans(key)) * scale
@@ -94,18 +96,17 @@ def _backward_query(
 def _backward_key(
     q, k, v, lse, slope, delta, dk, dv, blocks, scale, natural, tokens,
     q_t, q_h, k_t, k_h, v_t, v_h, s_t, s_h, d_t, d_h,
-    SHARED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    SHARED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of OUTER keys and values of one key head, over the query heads that share it."""
+    """The gradients of BLOCK keys and values of one key head, over the query heads that share it."""
     block, shared = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    first, last = tl.load(blocks + block * 3), tl.load(blocks + block * 3 + 1)
-    begin = tl.load(blocks + block * 3 + 2)
-    if last > begin and (begin - first) % OUTER == 0:
-        columns, dims = begin + tl.arange(0, OUTER), tl.arange(0, WIDTH)
+    last, begin = tl.load(blocks + block * 3 + 1), tl.load(blocks + block * 3 + 2)
+    if last > begin:
+        columns, dims = begin + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
         key = _tile(k + shared * k_h, columns, dims, k_t, last, D)
         value = _tile(v + shared * v_h, columns, dims, v_t, last, D)
-        for_key = tl.zeros((OUTER, WIDTH), dtype=tl.float32)
-        for_value = tl.zeros((OUTER, WIDTH), dtype=tl.float32)
+        for_key = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
+        for_value = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
         for member in range(0, SHARED):
             head = shared * SHARED + member
             for at in range(begin, last, INNER):
@@ -127,19 +128,15 @@ def _backward_key(
         tl.store(dv + place, for_value.to(dv.dtype.element_ty), mask=mask)
 
 
-# OUTER, INNER, warps and stages that were fastest on an H100 (docs/log.md), for heads of at most 64 features and wider.
-SHAPES = {
-    "forward": ((64, 32, 4, 3), (64, 32, 4, 3)),
-    "query": ((64, 32, 4, 3), (64, 32, 4, 2)),
-    "key": ((64, 32, 4, 1), (64, 32, 4, 2)),
-}
+INNER = 32  # of the other side's tokens that are looked at together: fastest on an H100 (docs/log.md)
+# Stages of the loop over them, for heads of at most 64 features and for wider ones.
+STAGES = {"forward": (3, 3), "query": (3, 2), "key": (1, 2)}
 
 
 def _shape(q: torch.Tensor, k: torch.Tensor, kernel: str) -> dict[str, Any]:
     width = max(16, triton.next_power_of_2(q.shape[-1]))
-    outer, inner, warps, stages = SHAPES[kernel][width > 64]
-    shape = {"SHARED": q.shape[0] // k.shape[0], "D": q.shape[-1], "WIDTH": width, "OUTER": outer, "INNER": inner}
-    return {**shape, "num_warps": warps, "num_stages": stages}
+    shape = {"SHARED": q.shape[0] // k.shape[0], "D": q.shape[-1], "WIDTH": width, "BLOCK": BLOCK, "INNER": INNER}
+    return {**shape, "num_warps": 4, "num_stages": STAGES[kernel][width > 64]}
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:
