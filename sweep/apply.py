@@ -128,9 +128,11 @@ def _evaluated(connection: Connection, study: Study, trial: TrialRow, event: Eva
         train_loss=_number(event.train_loss),
         metric=_number(event.metric),
         metric_error=_number(event.metric_error),
-        checkpoint=event.checkpoint,
-        checkpoint_tokens=event.tokens,
     )
+    if event.checkpoint is not None:
+        records.set_trial(
+            connection, study.name, trial.number, checkpoint=event.checkpoint, checkpoint_tokens=event.tokens
+        )
 
 
 def _scores(

@@ -337,11 +337,13 @@ class _Forecasts:
             trained = [fmean(known.train(config, tokens, width).mean for config in configs) for tokens in lengths]
             return tuple(train + evaluate for train, evaluate in zip(trained, seen, strict=True))
 
+        kept = [known.kept(method, number == plan.last).mean for number in range(plan.last + 1)]
         last_rung = dataclasses.replace(newcomer(configs[0]), tokens=plan.rungs[-1] if plan.rungs else plan.run_tokens)
         return Costs(
             packed=stretches(self.slots if method == "lora" else 1),
             alone=stretches(1),
-            save=known.checkpoint(method).mean,
+            kept=tuple(kept),
+            park=known.checkpoint(method).mean if method == "full" else 0.0,
             restore=known.restore(method).mean,
             parks=method == "lora" or known.parking_pays(last_rung),
         )
@@ -382,7 +384,7 @@ class _Forecasts:
         entered, seeds = endgame.entered(wanted, {}, self._upper, seconds - before, seats_of, self.spec.endgame.seeds)
         missing = _runs(entered, seeds)
         expected = endgame.seconds_for(missing, self._expected, seats_of)
-        beside = sum(self.projector.checkpoint(one.method).mean for one, _ in missing)
+        beside = sum(self.projector.kept(one.method, True).mean for one, _ in missing)
         return _Race(entered, seeds, wanted, max(expected - beside, 0.0), beside, before)
 
     def confirmation(self, race: _Race, last: Seconds) -> Confirmation:

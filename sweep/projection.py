@@ -29,6 +29,9 @@ USUAL_BATCH, USUAL_ROW = 8, 512  # examples a step and tokens an example; only w
 START_SECONDS = {False: 10.0, True: 2.0}  # interpreter, imports, the check of the loss; a replay has none of them
 GENERATED = 10.0  # what a generated token takes beside an evaluated one, before anything was measured: one at a time
 CHOICES = 4  # of a label, where the spec names none
+SNAPSHOT_SECONDS = 0.02  # what an adapter's checkpoint keeps a GPU from training: it is written beside others' training
+# Of a full-parameter trial's state, what is written at its end: bf16 weights without masters and moments.
+MODEL_SHARE = 2 / 14
 LEAST_MS = 0.5  # of what was measured as less than one
 FREE = 1e-6  # seconds of what costs nothing where tokens are paid for
 
@@ -121,14 +124,19 @@ class Projector:
         known = (speed for name, speed in PRIOR_FLOPS.items() if name in device.upper())
         self._metered_by_token = unit == "Mtok"
         self._replayed = device == "replay"
+        self._on_gpu = device not in {"cpu", "replay"}
+        self._model_share = 1.0 if self._replayed else MODEL_SHARE
         self.flops = flops or (CORE_FLOPS * cores if device in {"cpu", "replay"} else next(known, OTHER_GPU_FLOPS))
 
     def observe_evaluation(self, config: TrialConfig, row: Any) -> None:
         """Learns from a stretch of training that ended in an evaluation (an Evaluated event, or its row)."""
         self._learn(self._train(config, row.width), row.train_tokens, row.train_ms)
         self._learn(self._evaluate(), row.evaluate_tokens, row.evaluate_ms)
-        self._learn(self._piece("checkpoint", config.method), 1, row.checkpoint_ms)
-        self._learn(self._piece("write", config.method), 1, row.write_ms or row.checkpoint_ms)
+        written = self._kept(config.method, row.full_loss is not None)
+        # A full-parameter trial that was written just before it was judged says 0, and nothing of what that took.
+        if written and (row.checkpoint_ms or config.method == "lora"):
+            self._learn(self._piece("checkpoint", config.method), written, row.checkpoint_ms)
+            self._learn(self._piece("write", config.method), written, row.write_ms or row.checkpoint_ms)
         if row.examine_ms:
             self._learn(self._reading(), self._examined(_confirms(config)), row.examine_ms)
         if row.full_loss is not None:  # at its end; all trials of a study train on the same examples, but for a finale
@@ -164,12 +172,12 @@ class Projector:
         `confirms`: that evaluation may be a confirmation's.
         """
         each = [self._written(method, slots if method == "lora" else 1) for method in methods]
-        last = self.evaluation(self.plan.validation_tokens) + self.examined(confirms=confirms)
-        return max(each, key=lambda seconds: seconds.high) + last
+        return max(each, key=lambda seconds: seconds.high) + self._last(confirms=confirms)
 
     def ending(self, methods: tuple[str, ...]) -> Seconds:
         """What comes after the training of one confirmation: evaluation, examination, checkpoint."""
-        return self.tail(methods, 1, confirms=True)
+        each = [self._written(method, self._kept(method, True)) for method in methods]
+        return max(each, key=lambda seconds: seconds.high) + self._last(confirms=True)
 
     def examined(self, *, confirms: bool) -> Seconds:
         """What is measured at a trial's end beyond its loss."""
@@ -187,7 +195,10 @@ class Projector:
     def _reading(self) -> Work:
         return Work("examine", self._evaluate().prior_seconds)
 
-    def _written(self, method: str, count: int) -> Seconds:
+    def _last(self, *, confirms: bool) -> Seconds:
+        return self.evaluation(self.plan.validation_tokens) + self.examined(confirms=confirms)
+
+    def _written(self, method: str, count: float) -> Seconds:
         one = self.forecast.seconds(self._piece("write", method))
         return Seconds(one.mean * count, one.low * count, one.high * count)
 
@@ -198,6 +209,16 @@ class Projector:
     def checkpoint(self, method: str) -> Seconds:
         """What one trial's checkpoint keeps the machine from training."""
         return self.forecast.seconds(self._piece("checkpoint", method))
+
+    def kept(self, method: str, final: bool) -> Seconds:
+        """What is written when a trial arrives at a rung, or at its `final` one, keeps the machine from training."""
+        return self.forecast.seconds(self._piece("checkpoint", method), self._kept(method, final))
+
+    def _kept(self, method: str, final: bool) -> float:
+        """How much of a checkpoint that is: a full-parameter trial's state is written when it is put aside alone."""
+        if method == "lora":
+            return 1.0
+        return self._model_share if final else 0.0
 
     def train(self, config: TrialConfig, tokens: int, width: float = 1.0) -> Seconds:
         """A stretch of training, as it is charged in a pack of `width` trials."""
@@ -266,8 +287,10 @@ class Projector:
             return []
         pieces: list[Piece] = [(self._train(config, width), self._until(last, config) - tokens)]
         for target in range(first, last + 1):
-            seen = self.plan.validation_tokens if target >= self.plan.last else self.plan.rung_tokens
-            pieces += [(self._evaluate(), seen), (self._piece("checkpoint", config.method), 1)]
+            final = target >= self.plan.last
+            seen = self.plan.validation_tokens if final else self.plan.rung_tokens
+            kept = self._kept(config.method, final)
+            pieces += [(self._evaluate(), seen), (self._piece("checkpoint", config.method), kept)]
         return pieces + (self._examine(_confirms(config)) if last >= self.plan.last else [])
 
     def _seat(self, trial: TrialRow) -> list[Piece]:
@@ -304,6 +327,8 @@ class Projector:
         state = 14.0 * self.parameters / DISK_BYTES_PER_SECOND if full else 0.1
         start = START_SECONDS[self._replayed] + 4.0 * self.parameters / DISK_BYTES_PER_SECOND + self._probe_seconds
         prior = {"load": start, "compile": COMPILE_SECONDS}.get(kind, 0.1 + state)
+        if kind == "checkpoint" and self._on_gpu and not full:
+            prior = SNAPSHOT_SECONDS
         prior = FREE if self._metered_by_token else prior
         return Work(kind, prior, {"full": float(full)})
 

@@ -30,7 +30,8 @@ class Costs:
 
     packed: tuple[float, ...]  # training and evaluation, beside as many others as share the machine
     alone: tuple[float, ...]  # the same with the machine to itself: what is kept back for the way to an end
-    save: float  # a checkpoint
+    kept: tuple[float, ...]  # what is written there, of whoever arrives
+    park: float  # what putting a trial aside writes beyond that
     restore: float
     parks: bool  # a trial that does not go on is parked, and not pruned
 
@@ -124,11 +125,11 @@ class _Search:
 
     def _next(self, trial: _Trial) -> float:
         costs = trial.costs
-        return costs.packed[trial.target] + costs.save + (costs.restore if trial.parked else 0.0)
+        return costs.packed[trial.target] + costs.kept[trial.target] + (costs.restore if trial.parked else 0.0)
 
     def _to_end(self, trial: _Trial) -> float:
-        beyond = trial.costs.alone[trial.target + 1 :]
-        return self._next(trial) + sum(beyond) + trial.costs.save * len(beyond)
+        beyond = slice(trial.target + 1, None)
+        return self._next(trial) + sum(trial.costs.alone[beyond]) + sum(trial.costs.kept[beyond])
 
     def _finish_seconds(self, joined: Sequence[_Trial], leader: _Trial | None) -> float:
         if leader is None or not self._worth_finishing(leader):
@@ -255,7 +256,10 @@ class _Search:
         elif self._among_best(trial):
             trial.target += 1
             # Another one's turn: what takes turns in one slot is put aside, and read again.
-            trial.parked = self._rules.slots == 1 and bool(self._running)
+            trial.parked = self._rules.slots == 1 and bool(self._running) and trial.costs.parks
             self._running.append(trial)
         else:
             trial.state = "paused" if trial.costs.parks else "ended"
+        if trial.parked or trial.state == "paused":
+            self._left -= trial.costs.park
+            self._beside += trial.costs.park

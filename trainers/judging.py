@@ -17,6 +17,7 @@ from trainers.meter import Meter
 from trainers.metrics import MetricError
 
 _NS_PER_MS = 1_000_000
+_RUNG = "rung"  # the kind of a judgement before a trial's end
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,9 @@ class Judge:
             found = self._examiner.evaluate(engine, None, None)
             self._meter.work("evaluate", method, found.input_tokens)
         self._base = {"loss": found.loss, "rung_loss": found.rung_loss, "tokens": found.input_tokens}
-        return self._base | {"evaluate_ms": (self._meter.now_ns() - started_ns) // _NS_PER_MS}
+        took_ms = (self._meter.now_ns() - started_ns) // _NS_PER_MS
+        self._longest_ms.setdefault(_RUNG, took_ms)  # of all rows: a rung's are among them
+        return self._base | {"evaluate_ms": took_ms}
 
     def base_scores(self, engine: Engine, method: Method) -> dict[str, Any]:
         """Fields of BaseExamined; the second time from memory. The time is charged to `load`."""
@@ -148,4 +151,4 @@ class Judge:
 
 
 def _kind(trial: LiveTrial) -> str:
-    return "rung" if not trial.at.done else "examined" if trial.examine else "final"
+    return _RUNG if not trial.at.done else "examined" if trial.examine else "final"

@@ -291,7 +291,10 @@ class Checkpointed(TrialEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated(TrialEvent):
-    """The trial reached its target, was evaluated and checkpointed, and stands still until it is told what next.
+    """The trial reached its target, was evaluated, and stands still until it is told what next.
+
+    `checkpoint` holds it whole; None where its state is only written if it is put aside, so at no rung of a
+    full-parameter trial but the last.
 
     `loss` is over the rung rows; `full_loss` over all validation rows, only where the run is complete (`final`). Where
     the metric is accuracy both are cross-entropies normalised over the choices. `metric` is over all validation rows,
@@ -304,7 +307,7 @@ class Evaluated(TrialEvent):
     loss: float
     full_loss: float | None
     final: bool
-    checkpoint: str
+    checkpoint: str | None
     train_loss: float
     train_tokens: int
     train_ms: int

@@ -363,7 +363,11 @@ class Worker:
     # --- judging ----------------------------------------------------------------------------------------------------
 
     def _conclude(self, trial: LiveTrial) -> None:
-        """Judges and checkpoints a trial that arrived, and leaves it standing."""
+        """Judges a trial that arrived, and leaves it standing.
+
+        A LoRA trial is checkpointed beside the others' training. A full-parameter one has a state of 14 bytes a
+        parameter, and nobody trains while it is written: that waits until it is put aside, which it may never be.
+        """
         # Nobody knows yet how long such a judgement takes: if it is killed at the paid time, nothing else is lost.
         if not self._judge.known(trial):
             self._save_between(trial)
@@ -376,13 +380,14 @@ class Worker:
         self._take_loss(trial)
         trial.standing = True
         peak_bytes = _take_peak_bytes()
+        keeps = trial.at.done or self._method == "lora"
 
         def say(checkpoint_ms: int, write_ms: int) -> None:
             self._emit(
                 Evaluated,
                 **trial.place(),
                 **judged,
-                checkpoint=trial.saved,
+                checkpoint=trial.saved if keeps else None,
                 train_loss=trial.train_loss,
                 train_tokens=trial.train_tokens,
                 train_ms=trial.train_ns // _NS_PER_MS,
@@ -395,7 +400,10 @@ class Worker:
             trial.begin_again()
             self._remove_older(trial.folder, _KEEP_CHECKPOINTS)
 
-        self._save(trial, say)
+        if keeps:
+            self._save(trial, say)
+        else:
+            say(0, 0)
 
     def _examine_the_base(self) -> None:
         """Scores the base model. It takes as long as it takes: if it is killed at the paid time, no trial is lost."""

@@ -119,7 +119,7 @@ def test_the_search_is_as_if_nothing_were_confirmed(tmp_path: Path) -> None:
 def test_packs_of_confirmations(tmp_path: Path) -> None:
     """Proves that runs share the slots: several train at once, and a full-parameter one has the machine to itself.
 
-    A run takes some real time here: recorded time alone passes at once, and the first would end before the second comes.
+    A run takes some real time here: recorded time passes at once, and the first would end before the second comes.
     """
     spec = a_spec(tmp_path, cap="$0.3", machine={"slots": 4}, trials=8, sleep=3e-5)
     sweep("launch", str(spec), "--yes", cwd=tmp_path)

@@ -99,6 +99,35 @@ def test_a_write_keeps_nobody_from_training(make_bench: Callable[..., Bench]) ->
     assert waited["trial:1"] > 800 > waited.get("checkpoint", 0) and second.checkpoint_ms < 500
 
 
+def test_a_full_parameter_trial_is_written_when_it_is_put_aside(make_bench: Callable[..., Bench]) -> None:
+    """At a rung only the reading leaves the worker; a pause writes the state, a drop does not, and the end does."""
+    bench = make_bench(sleep_seconds_per_checkpoint=0.3)
+    bench.start()
+    bench.launcher.send(bench.folder, EvaluateBase(fence=1))
+    full = {"method": "full", "rank": None}
+    bench.admit(0, until=300, **full)
+    folder = bench.root / "trial 0"
+    first = bench.wait_event("evaluated")
+    assert first.checkpoint is None and first.checkpoint_ms == first.write_ms == 0 and not list(folder.iterdir())
+    bench.launcher.send(bench.folder, Continue(fence=1, trial=0, until_tokens=600))
+    assert bench.wait_event("evaluated", 2).checkpoint is None and not list(folder.iterdir())
+    bench.launcher.send(bench.folder, Pause(fence=1, trial=0))
+    paused = bench.wait_event("paused")
+    assert json.loads(Path(paused.checkpoint, "state.json").read_text())["tokens"] == 600
+    bench.admit(1, until=300, **full)
+    bench.wait_event("evaluated", 3)
+    bench.launcher.send(bench.folder, Drop(fence=1, trial=1))
+    bench.wait_event("dropped")
+    assert not list((bench.root / "trial 1").iterdir())
+    bench.admit(0, resume=paused.checkpoint, **full)
+    final = bench.wait_event("evaluated", 4)
+    assert final.final and final.tokens == 1000 and Path(final.checkpoint, "state.json").exists()
+    assert final.checkpoint_ms == 0, "nobody knew yet how long an end takes, so it was written before"
+    bench.launcher.send(bench.folder, Drop(fence=1, trial=0))
+    bench.admit(2, **full)
+    assert bench.wait_event("evaluated", 5).checkpoint_ms >= 300
+
+
 def test_due_checkpoints(make_bench: Callable[..., Bench]) -> None:
     """A live trial is checkpointed every checkpoint_ms of training; only the newest two stay."""
     bench = make_bench(**SLOW)

@@ -16,10 +16,12 @@ from tiny import curve, full_trial, plain_curve, plain_loss, same_bits, save_mod
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
 from trainers import models
+from trainers.checkpoints import OPTIMIZER
 from trainers.engine import TrialFailed
 from trainers.full import distributed
 from trainers.full.engine import FullEngine
 from trainers.full.replica import deal
+from trainers.full.weights import MASTERS
 from trainers.generation import greedy
 from trainers.messages import WorkerJob
 from trainers.models import LoadedEngines, ModelError, load_base, load_engines
@@ -205,6 +207,24 @@ def test_bf16_trains_scores_and_saves_as_fp32_masters_round(job: WorkerJob, tmp_
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert alone.dtype == torch.bfloat16
     assert same_bits(weights(alone), weights(half.base.model))
+
+
+def test_what_is_written_at_the_end_is_the_model_alone_and_is_judged_again(job: WorkerJob, tmp_path: Path) -> None:
+    """A trial at its end leaves no optimizer state and no masters, and is judged again, by a worker that comes after
+    one that died, as it was judged before, to the bit; one on its way leaves all."""
+    engine = in_bf16(job)
+    engine.admit(full_trial(), None, 1)
+    engine.advance(lambda: False)
+    engine.checkpoint(2, tmp_path / "on its way")
+    engine.target(2, None)
+    assert engine.advance(lambda: False) == [2]
+    before = engine.evaluate(2, None)
+    engine.checkpoint(2, tmp_path / "end")
+    engine.drop(2)
+    written, kept = ({path.name for path in (tmp_path / name).iterdir()} for name in ("on its way", "end"))
+    assert written - kept == {MASTERS, OPTIMIZER} and "model.safetensors" in kept
+    assert engine.admit(full_trial(), tmp_path / "end", None).done
+    assert engine.advance(lambda: False) == [2] and engine.evaluate(2, None) == before
 
 
 # --- 8 bits -----------------------------------------------------------------------------------------------------------

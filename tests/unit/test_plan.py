@@ -19,7 +19,8 @@ from sweep.projection import untaught
 from sweep.rehearsal import MOST, Costs, Rules, rehearse
 from sweep.spec import Spec, validate
 
-COSTS = Costs(packed=(1.0, 1.0, 2.0, 6.0), alone=(1.0, 1.0, 2.0, 6.0), save=0.1, restore=0.1, parks=True)
+STRETCHES = (1.0, 1.0, 2.0, 6.0)
+COSTS = Costs(packed=STRETCHES, alone=STRETCHES, kept=(0.1,) * 4, park=0.0, restore=0.1, parks=True)
 SPLITS = {"train": {"rows": 2_000, "tokens": 400_000}, "validation": {"rows": 64, "tokens": 12_800}}
 SPLITS["test"] = {"rows": 64, "tokens": 12_800}
 
@@ -107,6 +108,17 @@ def test_what_cannot_be_parked_is_pruned() -> None:
         rehearse([dataclasses.replace(COSTS, parks=parks)], 200.0, Rules(4, 1, 2)) for parks in (True, False)
     )
     assert pruned.started > parked.started
+
+
+def test_what_is_put_aside_is_written_then() -> None:
+    """Proves that writing a state is paid by those who are put aside alone, and that every second is accounted for."""
+    free, dear = (dataclasses.replace(COSTS, kept=(0.0, 0.0, 0.0, 0.1), park=park) for park in (0.0, 3.0))
+    for slots in (1, 8):
+        cheap, costly = (rehearse([costs], 200.0, Rules(4, slots, 2)) for costs in (free, dear))
+        assert costly.beside > cheap.beside and costly.started < cheap.started
+        assert sum(costly.spent) + costly.beside + costly.left == pytest.approx(200.0)
+        pruned = rehearse([dataclasses.replace(dear, parks=False)], 200.0, Rules(4, slots, 2))
+        assert pruned.beside == pytest.approx(0.1 * pruned.arrived[-1])
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------

@@ -143,6 +143,25 @@ def test_the_tail_pays_for_every_slot() -> None:
     assert projector.tail(("full",), 4) == projector.tail(("full",), 1)
 
 
+def test_a_full_parameter_trials_state_is_paid_for_where_it_is_written() -> None:
+    """Proves that a rung costs such a trial its reading alone, its end the model, a seventh of a whole checkpoint, and
+    that both learn from what the end took; a LoRA trial's adapter is written at every rung."""
+    projector = Projector(PLAN, 1_000_000_000, "NVIDIA H100", 8)
+    full = {"method": "full", "rank": None, "alpha": None, "targets": None}
+    row = measured(10_000, 2.0, final=True)
+    row.checkpoint_ms = row.write_ms = 7_000
+    for number in range(8):
+        projector.observe_evaluation(config(number, **full), row)
+        projector.observe_evaluation(config(number, **full), measured(1_000, 2.0))
+    assert projector.kept("full", False).mean == 0
+    assert math.isclose(projector.kept("full", True).mean, 7.0, rel_tol=0.05)
+    assert math.isclose(projector.checkpoint("full").mean, 49.0, rel_tol=0.05)
+    assert projector.kept("lora", False) == projector.kept("lora", True) == projector.checkpoint("lora")
+    stands = trial(30, config=config(30, **full), tokens=1_000, rung=0, target=1)
+    at_rung = projector.train(stands.config, 1_500).mean + projector.evaluation(PLAN.rung_tokens).mean
+    assert math.isclose(projector.to_target(stands).mean, at_rung, rel_tol=1e-9)
+
+
 def test_checkpoints_beside_training_cost_nothing_and_the_tail_is_what_their_writes_take() -> None:
     """Proves that a checkpoint which kept nobody waiting is a measurement too: a pack's tail is forecast from how long
     writes take, and not, for want of anything else, from the upper end of a first guess for every slot."""

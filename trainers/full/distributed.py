@@ -290,9 +290,9 @@ class Ensemble:
         given = {"prompts": [prompt.tolist() for prompt in prompts], "max_new_tokens": max_new_tokens}
         return self._together("generate", lambda: self._replica.generate(prompts, max_new_tokens), **given)
 
-    def gather(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def gather(self, moments: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """See Replica."""
-        return self._together("gather", self._replica.gather)
+        return self._together("gather", lambda: self._replica.gather(moments), moments=moments)
 
     @contextmanager
     def without_trial(self) -> Iterator[None]:
@@ -365,7 +365,7 @@ def _obey(replica: Replica, words: dict[str, Any]) -> None:
             prompts = [np.array(prompt, dtype=np.int32) for prompt in words["prompts"]]
             replica.generate(prompts, words["max_new_tokens"])
         case "gather":
-            replica.gather()
+            replica.gather(words["moments"])
         case "close":
             replica.close()
 

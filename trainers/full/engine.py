@@ -125,8 +125,11 @@ class FullEngine:
         state, saved = State(config, 0, 0, rows), None
         if checkpoint is not None:
             state = read_state(checkpoint, config, rows)
-            moments = load_tensors(checkpoint / OPTIMIZER)
-            saved = Saved(state.step, weights.read(checkpoint), moments, str(checkpoint / OPTIMIZER))
+            if state.step < len(batches(config, rows)):
+                moments = load_tensors(checkpoint / OPTIMIZER)
+                saved = Saved(state.step, weights.read(checkpoint), moments, str(checkpoint / OPTIMIZER))
+            else:
+                saved = Saved(0, weights.read(checkpoint), {})
         self._trained.open(config, saved)
         plan = batches(config, rows)
         health = Health(len(plan), resumed=state.step > 0)
@@ -258,21 +261,23 @@ class FullEngine:
     # --- leaving ----------------------------------------------------------------------------------------------------
 
     def checkpoint(self, trial: int, folder: Path) -> None:
-        """Writes the trial whole into `folder`, or nothing. Raises OSError."""
+        """Writes the trial whole into `folder`, or nothing; of one at its end the model alone. Raises OSError."""
         run = self._of(trial)
         state = State(run.config, run.step, run.tokens, self.train.rows)
         if holds(folder, state):
             # A trial that repeats a stretch after a crash arrives at checkpoints that are there already.
             return
-        masters, moments = self._trained.gather()
+        goes_on = not run.position.done
+        masters, moments = self._trained.gather(moments=goes_on)
         dtype = self.base.model.dtype
         with write_folder(folder) as temporary:
             rounded = {name: master.detach().to(dtype) for name, master in masters.items()}
             self.base.model.save_pretrained(temporary, state_dict=rounded)
             self.base.tokenizer.save_pretrained(temporary)
-            if any(rounded[name].dtype != master.dtype for name, master in masters.items()):
+            if goes_on and any(rounded[name].dtype != master.dtype for name, master in masters.items()):
                 save_tensors(temporary / weights.MASTERS, masters)
-            save_tensors(temporary / OPTIMIZER, moments)
+            if goes_on:
+                save_tensors(temporary / OPTIMIZER, moments)
             write_state(temporary, state)
 
     def snapshot(self, trial: int) -> Callable[[Path], None] | None:

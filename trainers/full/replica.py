@@ -115,12 +115,12 @@ class Replica:
             _keep_activations(self.base)
         self.weights.close()
 
-    def gather(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Whole masters and whole optimizer state by name, where the checkpoint is written; empty elsewhere."""
+    def gather(self, moments: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Whole masters, and with `moments` whole optimizer state, by name; empty where no checkpoint is written."""
         assert self._optimizer is not None
         masters = self.weights.masters
         found: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = {}, {}
-        named = dict(masters), optimizers.tensors(self._optimizer, masters)
+        named = dict(masters), optimizers.tensors(self._optimizer, masters) if moments else {}
         for into, tensors in zip(found, named, strict=True):
             for name, tensor in tensors.items():
                 whole = self.weights.gather(name, tensor.detach())
