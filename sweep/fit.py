@@ -18,6 +18,7 @@ from sqlalchemy import Connection, select
 from budgets.prices import listed
 from sweep import tables
 from sweep.errors import SpecError, UsageError
+from sweep.records import Study
 from sweep.spec import MAX_SLOTS, FullSpec, Method, Spec
 from trainers.memory import (
     GIB,
@@ -367,6 +368,17 @@ def learned(connection: Connection, model: str, device: str) -> dict[Method, Cor
                 predicted[config.method].append(peak(Shape(**facts["shape"]), setup))
                 measured[config.method].append(bytes_)
     return {method: correct(peaks, measured[method]) for method, peaks in predicted.items()}
+
+
+def predicted(study: Study, config: TrialConfig, width: float) -> int | None:
+    """Peak bytes of a trial among `width` in a pack, by the formulas alone; None where the model's shape is not known.
+
+    Not corrected: what a study measured would correct its own predictions.
+    """
+    if not (shape := study.facts.get("shape")):
+        return None
+    setup = _setup_of(config, width, study.spec, study.facts)
+    return None if setup is None else peak(Shape(**shape), setup).total
 
 
 def _is(device: str, named: str) -> bool:

@@ -11,11 +11,12 @@ from sqlalchemy import Connection
 
 from budgets.ledger import Ledger, trial_account
 from budgets.money import cost_micros
-from sweep import records, space, verdict
+from sweep import fit, records, space, verdict
 from sweep.projection import Projector, projector_of
 from sweep.records import Study, TrialRow
 
 METHODS = ("lora", "full")
+RATIOS = ("alone", "charged", "elapsed", "peak", "peak_predicted")  # what is said of LoRA's over full training's
 
 
 def read(
@@ -36,7 +37,7 @@ def read(
         for m in METHODS
     }
     tried = {method: _tried(study, method, trials, searched[method], accounts) for method in METHODS}
-    costs["ratio"] = {name: _ratio(costs, name) for name in ("alone", "charged", "elapsed", "peak")}
+    costs["ratio"] = {name: _ratio(costs, name) for name in RATIOS}
     return {
         "costs": costs,
         "tried": {**tried, "equal": _equal(study, searched)},
@@ -65,7 +66,8 @@ def _cost(
     charged = [accounts.get(trial_account(t.number), 0) for t in runs]
     stretches = [row for t in runs for row in evaluations.get(t.number, [])]
     trained = sum(row.train_ms for row in stretches)
-    peaks = [(row.width, row.peak_bytes) for row in stretches or evaluations[one.number] if row.peak_bytes]
+    peaks = [(row.peak_bytes, row.width) for row in stretches or evaluations[one.number] if row.peak_bytes]
+    peak, peak_width = max(peaks, default=(None, None))
 
     def price(seconds: float) -> int:
         return cost_micros(study.micros_per_hour, round(1000 * seconds))
@@ -83,8 +85,9 @@ def _cost(
         # Of a pack each trial is charged its share of the time, but lives through all of it.
         "elapsed": sum(_elapsed(row) for row in stretches) / len(runs) if runs else None,
         "width": sum(row.width * row.train_ms for row in stretches) / trained if trained else None,
-        "peak": max(bytes_ for _, bytes_ in peaks) if peaks else None,
-        "peak_width": max(peaks, key=lambda peak: peak[1])[0] if peaks else None,
+        "peak": peak,
+        "peak_width": peak_width,
+        "peak_predicted": None if peak_width is None else fit.predicted(study, one.config, peak_width),
     }
 
 

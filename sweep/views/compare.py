@@ -129,9 +129,10 @@ def _costs(console: Console, costs: Mapping[str, Any]) -> None:
         rows.append(("as charged", "measured", _dollars(charged, "charged"), ratio["charged"]))
         times = {method: duration(cost["elapsed"]) for method, cost in charged.items()}
         rows.append(("  its time", "measured", times, ratio["elapsed"]))
-    peaks = {method: f"{cost['peak'] / GIB:.2f} GiB" for method, cost in known.items() if cost["peak"] is not None}
-    if peaks:
-        rows.append(("peak memory", "measured", peaks, ratio["peak"]))
+    for words, how, name in (("peak memory", "measured", "peak"), ("  predicted", "formulas", "peak_predicted")):
+        peaks = {method: f"{cost[name] / GIB:.2f} GiB" for method, cost in known.items() if cost[name] is not None}
+        if peaks:
+            rows.append((words, how, peaks, ratio[name]))
     columns = [
         Column("", [name for name, *_ in rows]),
         *(Column(NAMES[m], [found.get(m, "-") for _, _, found, _ in rows], right=True) for m in NAMES),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -17,13 +19,15 @@ import numpy as np
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
-from sqlalchemy import update
+from sqlalchemy import select, update
+from test_memory import SMOLLM2
 from verdict_samples import MICROS, SEEDS, USUAL, Told, examples, trained, write
 
 from sweep import comparison, tables, verdict
 from sweep.errors import InvariantError, NotFoundError
 from sweep.store import Store
 from sweep.views import compare
+from trainers.memory import Setup, peak
 
 LOSSES = {"LoRA": (0.96, 0.962, 0.958), "full": (0.91, 0.912, 0.909)}
 
@@ -137,6 +141,27 @@ def test_alone_is_alone_while_a_pack_trains(tmp_path: Path) -> None:
         connection.execute(update(tables.trial).where(some).values(state="waiting"))
     store.dispose()
     assert read(url)["costs"]["lora"]["alone"] == quiet
+
+
+def test_predicted_memory_stands_beside_what_was_measured(tmp_path: Path) -> None:
+    """Proves that formulas are asked for the same configuration at the pack's width, and for nothing unmeasured."""
+    url = write(tmp_path)
+    store = Store(url)
+    with store.write() as connection:
+        facts = json.loads(connection.execute(select(tables.study.c.facts)).scalar_one())
+        facts["data"]["splits"]["train"]["longest"] = 128
+        facts |= {"shape": dataclasses.asdict(SMOLLM2), "stream_tokens": 65_536}
+        connection.execute(update(tables.study).values(facts=json.dumps(facts)))
+    store.dispose()
+    values = read(url)
+    lora = Setup(method="lora", tokens=65_536, targets="all-linear", rank=16, slots=4)
+    costs = values["costs"]
+    assert costs["lora"]["peak_predicted"] == peak(SMOLLM2, lora).total
+    assert 2e9 < costs["full"]["peak_predicted"] < 8e9, "14 bytes a parameter and activations"
+    ratio = costs["lora"]["peak_predicted"] / costs["full"]["peak_predicted"]
+    assert costs["ratio"]["peak_predicted"] == pytest.approx(ratio)
+    assert re.search(r"predicted +\d+\.\d\d GiB +\d+\.\d\d GiB .*formulas", shown(values))
+    assert "predicted" not in shown(compared(tmp_path / "unmeasured", peaks=False))
 
 
 def test_unmeasured_memory_is_left_out(tmp_path: Path) -> None:
