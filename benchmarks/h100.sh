@@ -38,7 +38,8 @@ declare -A rows=([words]=define.jsonl [sums]=sums.jsonl)
 study() { # words or sums, more settings
     local settings=("model=$root/models/smollm2-135m" "data.train=$root/examples/data/${rows[$1]}")
     settings+=("data.retention=$root/examples/data/jargon.jsonl" "${@:2}")
-    step 540 benchmarks.machine_time "examples/lora-or-full-$1.yaml" --folder "$scratch/study" \
+    rm -rf "$scratch/study/runs" # checkpoints of the study before
+    step 585 benchmarks.machine_time "examples/lora-or-full-$1.yaml" --folder "$scratch/study" \
         --out "$out/machine_time.jsonl" "${settings[@]/#/--set=}"
 }
 
@@ -47,9 +48,9 @@ for part in "$@"; do
     packing-135m) packing smollm2-135m 40 65536 "2 4" ;;
     packing-1.5b) packing 1.5b 12 24576 "2 3" ;;
     packing-8b) packing 8b 8 8192 2 ;;
-    short) packing smollm2-135m 64 65536 "4 8 16" --data short ;;
-    alone) step 120 benchmarks.alone --tokens 32768 --scratch "$scratch" --out "$out/alone.jsonl" ;;
-    memory) step 580 benchmarks.memory --total 350 --out "$out/memory.jsonl" ;;
+    short) packing smollm2-135m 64 65536 "4 8 16" --data short --seconds 20 ;;
+    alone) step 240 benchmarks.alone --tokens 32768 --scratch "$scratch" --out "$out/alone.jsonl" ;;
+    memory) step 580 benchmarks.memory --method full lora --total 350 --out "$out/memory.jsonl" ;;
     full)
         for shape in smollm2-135m 1.5b; do
             step 240 benchmarks.full --shape "$shape" --steps 30 --scratch "$scratch" --out "$out/full.jsonl"
@@ -57,13 +58,13 @@ for part in "$@"; do
         ;;
     study)
         for name in cold warm; do
-            study words "study=$name"
+            study words "study=$name" budget.cap=\$0.20 budget.reserve=\$0.08
         done
         step 60 benchmarks.forecast --study-db "$scratch/study/studies.db" --study cold --json
         cp "$scratch/study/studies.db" "$out/" 2>/dev/null
         ;;
     verdict-*)
-        study "${part#verdict-}"
+        study "${part#verdict-}" budget.cap=\$0.58 budget.reserve=\$0.29 # 523 s: a part ends within ten minutes
         (cd "$scratch/study" && for verb in "compare --claims" statement best; do
             COLUMNS=120 python3 -m sweep $verb "lora-or-full-${part#verdict-}"
         done) >>"$out/$part.txt" 2>&1

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -131,7 +132,10 @@ def main(arguments: list[str]) -> int:
     known = set(folder.glob("runs/*/workers/*"))
     looks = _Looks()
     looks.start()
-    code = subprocess.run(command, cwd=folder, check=False).returncode
+    with subprocess.Popen(command, cwd=folder) as study:
+        # A time limit stops the study as Ctrl-C would; what there is by then is printed all the same.
+        signal.signal(signal.SIGTERM, lambda *_: study.terminate())
+        code = study.wait()
     looks.stop()
     for worker in sorted(set(folder.glob("runs/*/workers/*")) - known):
         line = worker_line(worker, looks.seen)

@@ -33,6 +33,7 @@ import numpy as np
 
 from benchmarks.tables import FOLDER, SHARES, SPACE, Row, Run, Table, write
 from benchmarks.tasks import TASKS, rows_of
+from trainers import peak
 from trainers.engine import Engine, TrialFailed
 from trainers.messages import TrialConfig
 from trainers.splits import Split, batches, load_split
@@ -312,8 +313,7 @@ def measure(engine: Engine, config: TrialConfig, seconds: float, device: str) ->
 
     engine.advance(over)
     engine.evaluate(config.number, None)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
+    peak.take_bytes()
     started, before = now(), engine.position(config.number).tokens
     end[0] = started + seconds
     engine.advance(over)
@@ -324,7 +324,7 @@ def measure(engine: Engine, config: TrialConfig, seconds: float, device: str) ->
     return {
         "seconds_per_token": (middle - started) / max(after - before, 1),
         "evaluate_seconds": evaluated - middle,
-        "peak_bytes": int(torch.cuda.max_memory_allocated()) if cuda else None,
+        "peak_bytes": peak.take_bytes() if cuda else None,
     }
 
 

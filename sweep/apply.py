@@ -84,6 +84,8 @@ def _trial_event(connection: Connection, study: Study, trial: TrialRow, event: T
             records.set_trial(connection, name, number, checkpoint=event.checkpoint, checkpoint_tokens=event.tokens)
         case Dropped():
             _left(connection, name, trial, event.attempt, "dropped")
+            if trial.config.method == "full" and trial.state != "completed":  # the worker removed what was written
+                records.set_trial(connection, name, number, checkpoint=None, checkpoint_tokens=0)
         case Failed():
             _failed(connection, name, trial, event)
 

@@ -175,5 +175,5 @@ def remove_older(trial_folder: Path, keep: int = 2) -> None:
         elif (folder / STATE).exists():
             step = json.loads((folder / STATE).read_text(encoding="utf-8"))["step"]
             steps[folder] = (step, folder.stat().st_mtime_ns)
-    for folder in sorted(steps, key=steps.__getitem__)[:-keep]:
+    for folder in sorted(steps, key=steps.__getitem__)[: max(len(steps) - keep, 0)]:
         shutil.rmtree(folder)

@@ -347,6 +347,8 @@ def load_engines(job: WorkerJob) -> LoadedEngines:
     if "lora" in job.methods:
         engines["lora"] = _lora_engine(job, base, train, validation)
     if "full" in job.methods:
-        engines["full"] = FullEngine(base, train, validation, job.rung_rows, job=job)
+        engines["full"] = full = FullEngine(base, train, validation, job.rung_rows, job=job)
+        if base.device.type == "cuda":
+            full.warm_up()
     device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else "cpu"
     return LoadedEngines(engines, device, base.model.num_parameters(), linear_shapes(base.model))

@@ -371,5 +371,6 @@ def load_engines(job: WorkerJob) -> ReplayEngines:
 
 def remove_older(folder: Path, keep: int) -> None:
     """Removes all but the `keep` newest checkpoints of a trial's folder. Raises OSError."""
-    for path in sorted(folder.glob("ckpt-*"), key=lambda path: int(path.name.removeprefix("ckpt-")))[:-keep]:
+    found = sorted(folder.glob("ckpt-*"), key=lambda path: int(path.name.removeprefix("ckpt-")))
+    for path in found[: max(len(found) - keep, 0)]:
         shutil.rmtree(path)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from trainers import processes
+from trainers import peak, processes
 from trainers.engine import Engine, TrialFailed
 from trainers.inbox import Inbox
 from trainers.judging import Judge
@@ -234,6 +234,8 @@ class Worker:
                 case Drop() if command.trial in self._trials:
                     trial = self._trials[command.trial]
                     self._release(trial)
+                    if trial.config.method == "full" and not trial.at.done:
+                        self._remove_older(trial.folder, 0)  # 14 bytes a parameter, wanted by nobody
                     self._emit(Dropped, **trial.place())
 
     def _refusal(self, command: Admit) -> str | None:
@@ -262,6 +264,8 @@ class Worker:
         folder = Path(command.folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._method = config.method
+        if not self._trials:
+            peak.take_bytes()  # of whoever left in between
         started_ns = self._meter.now_ns()
         try:
             with self._meter.on("checkpoint" if resume else f"trial:{config.number}"):
@@ -379,7 +383,7 @@ class Worker:
             return
         self._take_loss(trial)
         trial.standing = True
-        peak_bytes = _take_peak_bytes()
+        peak_bytes = peak.take_bytes()
         keeps = trial.at.done or self._method == "lora"
 
         def say(checkpoint_ms: int, write_ms: int) -> None:
@@ -398,7 +402,7 @@ class Worker:
                 occupancy=self._occupancy(),
             )
             trial.begin_again()
-            self._remove_older(trial.folder, _KEEP_CHECKPOINTS)
+            self._remove_older(trial.folder, 1 if trial.at.done else _KEEP_CHECKPOINTS)
 
         if keeps:
             self._save(trial, say)
@@ -462,22 +466,6 @@ class Worker:
         left = memoryview(kind(at_ms=at_ms, usage=usage, **fields).line().encode())
         while left:
             left = left[os.write(self._stdout, left) :]
-
-
-def _take_peak_bytes() -> int | None:
-    """Returns the GPU memory's high-water mark since the last call; None where no GPU is in use."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return None
-    # What captured graphs compute in is free to the allocator's books, and nobody else's.
-    held = sum(
-        segment["total_size"] - segment["allocated_size"]
-        for segment in torch.cuda.memory_snapshot()
-        if segment["segment_pool_id"] != (0, 0)
-    )
-    peak_bytes = min(int(torch.cuda.max_memory_allocated()) + held, int(torch.cuda.max_memory_reserved()))
-    torch.cuda.reset_peak_memory_stats()
-    return peak_bytes
 
 
 def main(arguments: list[str]) -> int:

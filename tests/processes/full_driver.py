@@ -7,12 +7,14 @@ names a file, the other processes run out of memory in their third step, once: t
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from trainers.engine import TrialFailed
 from trainers.full import distributed
@@ -61,6 +63,15 @@ def train(engine: FullEngine, trial: int, steps: int) -> list[float]:
     return losses
 
 
+def held(engine: FullEngine) -> list[int]:
+    """How many shards live in this process, and how many whole weights of a sharded model that nobody wants."""
+    shards = [one for one in gc.get_objects() if type(one) is DTensor and isinstance(one, torch.nn.Parameter)]
+    known = {id(one) for one in engine.base.model.parameters()}
+    known |= {id(one) for one in engine._trained._replica.weights.masters.values()}  # type: ignore[union-attr]
+    whole = [one for one in gc.get_objects() if type(one) is torch.nn.Parameter and not one.is_meta]
+    return [len(shards), sum(id(one) not in known for one in whole)]
+
+
 def call(engine: FullEngine, name: str, *given: Any) -> Any:
     """One call of the script."""
     rows = [engine.validation[row].ids for row in range(3)]
@@ -89,6 +100,8 @@ def call(engine: FullEngine, name: str, *given: Any) -> Any:
         case "pids":
             group = engine._trained._group  # type: ignore[union-attr]
             return [child.pid for child in group._children]
+        case "held":
+            return held(engine)
     raise ValueError(name)
 
 

@@ -136,6 +136,13 @@ def test_lack_of_memory_in_another_process_fails_the_trial_alone(prepared: Path,
     assert found[0] != found[6] and gone(found[0][0])
 
 
+def test_nothing_of_a_trial_stays_in_memory(prepared: Path, tmp_path: Path) -> None:
+    """While a trial is in, a process holds its shards and no whole weights beside the base; when it left, neither."""
+    calls = [["held"], ["admit", CONFIG, None], ["held"], ["train", 2, 2], ["drop", 2], ["held"]]
+    ((before, _, during, _, _, after),) = drive(prepared, tmp_path, (2, calls, {}))
+    assert before == after == [0, 0] and during[0] > 10 and during[1] == 0
+
+
 def start(bench: Bench, prepared: Path, **trial: Any) -> tuple[int, int]:
     """Starts a worker of two processes with a trial in it; returns their pids."""
     real = {"model": str(prepared / "tiny"), "data": str(prepared / "data"), "device": "cpu", "threads": 1}

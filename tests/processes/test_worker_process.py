@@ -49,7 +49,7 @@ def test_full_round(make_bench: Callable[..., Bench]) -> None:
     bench.admit(resume=paused.checkpoint, examples=400)
     final = bench.wait_event("evaluated", 3)
     assert final.final and final.tokens == 4000 and final.full_loss is not None and final.train_tokens == 2000
-    assert len(list((bench.root / "trial 0").glob("ckpt-*"))) == 2
+    assert [Path(final.checkpoint)] == list((bench.root / "trial 0").glob("ckpt-*")), "nobody goes on from another one"
     bench.launcher.send(bench.folder, Stop(fence=1, within_ms=5000))
     record = bench.wait_ended()
     assert (record.exit_code, record.why) == (0, "stop")
@@ -138,6 +138,18 @@ def test_due_checkpoints(make_bench: Callable[..., Bench]) -> None:
     bench.wait_event("dropped")
     left = sorted(path.name for path in (bench.root / "trial 0").glob("ckpt-*"))
     assert left == [Path(event.checkpoint).name for event in bench.events if event.type == "checkpointed"][-2:]
+
+
+def test_nothing_stays_of_a_full_parameter_trial_that_was_stopped(make_bench: Callable[..., Bench]) -> None:
+    """What such a trial wrote on its way, 14 bytes a parameter, is removed when it is dropped."""
+    bench = make_bench(**SLOW)
+    bench.start(checkpoint_ms=100)
+    bench.admit(0, method="full", rank=None, examples=100_000)
+    bench.wait_event("checkpointed", 2)
+    assert list((bench.root / "trial 0").glob("ckpt-*"))
+    bench.launcher.send(bench.folder, Drop(fence=1, trial=0))
+    bench.wait_event("dropped")
+    assert not list((bench.root / "trial 0").iterdir())
 
 
 def test_failed_trial_leaves_the_others(make_bench: Callable[..., Bench]) -> None:

@@ -227,6 +227,19 @@ def test_what_is_written_at_the_end_is_the_model_alone_and_is_judged_again(job: 
     assert engine.advance(lambda: False) == [2] and engine.evaluate(2, None) == before
 
 
+def test_warming_up_leaves_nothing(job: WorkerJob) -> None:
+    """What is run before the first trial, so that it need not pay for compilation, changes neither base nor trial."""
+    fresh, warm = make(job), make(job)
+    before = weights(warm.base.model)
+    warm.warm_up()
+    assert same_bits(weights(warm.base.model), before) and warm._run is None
+    curves = []
+    for engine in (fresh, warm):
+        engine.admit(full_trial(), None, None)
+        curves.append(curve(engine, 2))
+    assert curves[0] == curves[1]
+
+
 # --- 8 bits -----------------------------------------------------------------------------------------------------------
 
 

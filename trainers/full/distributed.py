@@ -240,16 +240,23 @@ class Ensemble:
         try:
             group.tell(call, **arguments)
             return here()
-        except (RuntimeError, GroupError) as error:
-            failure = group.why(error)
-            self._group = None
-            group.end()
-            if failure is None:
-                raise
-            if failure[0] != "out_of_memory":
-                raise GroupError(failure[1]) from error
-            message = failure[1]
-        raise torch.OutOfMemoryError(message)
+        except (RuntimeError, ValueError, GroupError) as error:  # torch raises ValueError where a group was aborted
+            failure, known = group.why(error), error
+        raise self._gone(group, failure) or known
+
+    def _gone(self, group: Group, failure: tuple[FailureCode, str] | None) -> Exception | None:
+        """Ends the group; returns what another process's failure is raised as, None where there was none."""
+        self._group = None
+        group.end()
+        if failure is None:
+            return None
+        return torch.OutOfMemoryError(failure[1]) if failure[0] == "out_of_memory" else GroupError(failure[1])
+
+    def check(self) -> None:
+        """See Replica. What was computed since a process is gone is not to be believed."""
+        group = self._group
+        if group is not None and group.failure is not None and (error := self._gone(group, group.failure)):
+            raise error
 
     def open(self, config: TrialConfig, saved: Saved | None) -> None:
         """See Replica."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -41,6 +41,7 @@ from trainers.splits import Split, batches
 from trainers.training import DROPOUT, MICRO_TOKENS, Late, Run, derive_seed, evaluation, is_out_of_memory, rate
 
 T = TypeVar("T")
+WARM_ROWS = 16  # of the steps that everything is compiled in
 _REPORTS_AHEAD = 2  # steps whose figures may still be on their way from the GPU
 
 
@@ -95,6 +96,20 @@ class FullEngine:
     @micro_tokens.setter
     def micro_tokens(self, tokens: int) -> None:
         self._trained.micro_tokens = self._alone.micro_tokens = tokens
+
+    def warm_up(self) -> None:
+        """Runs what is compiled once, so that no trial pays for it, and no forecast takes it for the usual speed.
+
+        The engine is as fresh as before, also where there is no memory for a trial.
+        """
+        count = min(self.train.rows, WARM_ROWS)
+        config = TrialConfig(number=0, method="full", learning_rate=0.0, batch_size=count, examples=2 * count, seed=0)
+        with suppress(TrialFailed):
+            self.admit(config, None, None)
+            self.advance(lambda: False)
+            self.evaluate(0, 1)
+            self.drop(0)
+        self.evaluate(None, 1)  # weights that are not trained are compiled apart
 
     # --- coming and going -------------------------------------------------------------------------------------------
 
@@ -186,6 +201,7 @@ class FullEngine:
         while len(self._reports) > ahead:
             step = run.step - len(self._reports) + 1
             loss, norm = self._reports.popleft().read()
+            self._attempt(run.config.number, f"step {step}", self._trained.check)
             run.losses.append(loss)
             if (why := run.health.watch(loss, norm)) is not None:
                 self._release()

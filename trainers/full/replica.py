@@ -6,6 +6,7 @@ sums over processes are made here, and nothing here knows who called.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -108,12 +109,19 @@ class Replica:
         """The base model as it was before the trial, for the time of the context."""
         return self.weights.without_trial()
 
+    def check(self) -> None:
+        """Raises what a process met of which the others could not be told yet: here there are none."""
+
     def close(self) -> None:
         """Takes the trial out."""
         self._optimizer = None
         if self._options.checkpointing:
             _keep_activations(self.base)
         self.weights.close()
+        if self.ranks > 1:
+            # The model that was sharded refers to itself, and the runner to it: its shards would stay beside the next.
+            self._runner = None
+            gc.collect()
 
     def gather(self, moments: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Whole masters, and with `moments` whole optimizer state, by name; empty where no checkpoint is written."""
@@ -220,8 +228,12 @@ class Replica:
         return sums.index_add_(0, owners, found[: len(owners)].double())  # what follows is padding
 
     def generate(self, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuations. Every process makes all of them: what they run through together is the model."""
-        return generation.greedy(self.base.model, self.base.tokenizer, prompts, max_new_tokens, self.micro_tokens)
+        """Greedy continuations. Every process makes all of them: what they run through together is the model.
+
+        Layers run as they are: compiled ones would be compiled once a layer, since a cache knows which one it is.
+        """
+        with torch.compiler.set_stance("force_eager"):
+            return generation.greedy(self.base.model, self.base.tokenizer, prompts, max_new_tokens, self.micro_tokens)
 
     # --- running ----------------------------------------------------------------------------------------------------
 

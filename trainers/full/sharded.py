@@ -105,7 +105,9 @@ class Sharded:
                 # The layer's own code alone: FSDP's hooks around it stay as they are.
                 layer.forward = torch.compile(layer.forward, dynamic=True)
             fully_shard(layer, mesh=mesh, mp_policy=policy)
-            made = {key: parameter for key, parameter in made.items() if not isinstance(parameter, DTensor)}
+            # The shards are parameters of their own; of the whole ones those are kept that others share.
+            shared = {id(placeholder) for placeholder in model.parameters() if placeholder.is_meta}
+            made = {key: parameter for key, parameter in made.items() if key in shared}
         fill(model)
         fully_shard(model, mesh=mesh, mp_policy=policy)
         model.within = MethodType(_within, model)

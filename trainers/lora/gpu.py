@@ -29,6 +29,9 @@ from trainers.splits import Split
 SHORTEST = 512  # tokens of the shortest stream
 EXAMPLES_STEP = 128  # of room for examples in a stream
 ALIGNED = 4  # int32 elements: 16 bytes
+# All layers are compiled as one function: for training and judging, for adapters of each rank or none, for weights that
+# are trained or not. Beyond the limit, 8 by default, a layer would run as it is, many times slower.
+torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 _STAGES = 3  # host buffers in turn, so that the host can lay out ahead of the device
 
 
@@ -45,6 +48,16 @@ def length_of(tokens: int, budget: int) -> int:
     return best
 
 
+@dataclass(frozen=True)
+class Captured:
+    """The graphs of a stream's forward and backward, with what the one writes and the other reads."""
+
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    hidden: torch.Tensor
+    slope: torch.Tensor
+
+
 @dataclass
 class Frame:
     """Buffers of one stream shape, and its graphs once it was seen often enough to be worth them."""
@@ -52,9 +65,7 @@ class Frame:
     stream: Stream
     raw: torch.Tensor
     uses: int = 0
-    graphs: dict[tuple[bool, int], tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]] = field(default_factory=dict)
-    hidden: torch.Tensor | None = None  # of the captured forward
-    slope: torch.Tensor | None = None  # read by the captured backward
+    graphs: dict[tuple[bool, int], Captured] = field(default_factory=dict)  # by dropout and rank
 
 
 class _Staging:
@@ -105,8 +116,7 @@ class GpuRunner:
         self._taken: frozenset[int] = frozenset()
         self._flying: deque[torch.cuda.Event] = deque()
         self._hidden: torch.Tensor | None = None
-        self._slope: torch.Tensor | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._captured: Captured | None = None  # what the last forward was replayed from
         self.compile = False
         self._calls: list[Any] = []
         self.graphs = False
@@ -231,7 +241,7 @@ class GpuRunner:
         for group in self._groups:
             group.stream = stream
         frame = next(frame for frame in self._frames.values() if frame.stream is stream)
-        self._graph = None
+        self._captured = None
         if not training:
             return self._body(stream, training=False)
         frame.uses += 1
@@ -239,20 +249,17 @@ class GpuRunner:
         if self.graphs and key not in frame.graphs and frame.uses > 2:
             self._capture(frame, key)
         if key in frame.graphs:
-            forward, self._graph = frame.graphs[key]
-            forward.replay()
-            self._slope = frame.slope
-            assert frame.hidden is not None
-            return frame.hidden
+            self._captured = frame.graphs[key]
+            self._captured.forward.replay()
+            return self._captured.hidden
         self._hidden = self._body(stream, training=True)
         return self._hidden.detach()
 
     def backward(self, stream: Stream, gradient: torch.Tensor) -> None:
         """Adds the adapters' gradients to the slots, from the gradient [T, d] of the last forward's hidden states."""
-        if self._graph is not None:
-            assert self._slope is not None
-            self._slope.copy_(gradient)
-            self._graph.replay()
+        if self._captured is not None:
+            self._captured.slope.copy_(gradient)
+            self._captured.backward.replay()
         else:
             hidden, self._hidden = self._hidden, None
             assert hidden is not None
@@ -274,7 +281,7 @@ class GpuRunner:
 
     def recover(self) -> None:
         """Forgets a forward that came to nothing, and gives its memory back."""
-        self._hidden = self._graph = None
+        self._hidden = self._captured = None
         self._forget()
         torch.cuda.empty_cache()
 
@@ -330,10 +337,10 @@ class GpuRunner:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=self._pool):
+        # Threads that write checkpoints wait for events of their own meanwhile, which must not end the capture.
+        with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
             hidden = self._body(stream, training=True)
         slope = torch.zeros_like(hidden)
-        with torch.cuda.graph(backward, pool=self._pool):
+        with torch.cuda.graph(backward, pool=self._pool, capture_error_mode="thread_local"):
             hidden.backward(slope)
-        frame.graphs[key] = forward, backward
-        frame.hidden, frame.slope = hidden.detach(), slope
+        frame.graphs[key] = Captured(forward, backward, hidden.detach(), slope)

@@ -41,7 +41,8 @@ class Batch:
             if self.lengths[place] <= room:
                 room -= self.lengths[place]
                 taken.append(place)
-        self.left = [place for place in self.left if place not in taken]
+        gone = set(taken)
+        self.left = [place for place in self.left if place not in gone]
         self.fresh = self.fresh and not taken
         return sorted(taken)
 
