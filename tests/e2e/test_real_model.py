@@ -101,8 +101,10 @@ def test_full_parameter_training_beside_lora(tmp_path: Path) -> None:
     sweep("launch", str(spec), "--yes", f"--set=model={tiny}", cwd=tmp_path, timeout=280)
     found = read(tmp_path)
     assert {t.config.method for t in found["trials"]} == {"lora", "full"}
-    for trial in found["trials"]:
-        if trial.checkpoint and trial.state == "completed":
-            names = {p.name for p in Path(trial.checkpoint).iterdir()}
-            weights = "adapter_model.safetensors" if trial.config.method == "lora" else "model.safetensors"
-            assert {weights, "optimizer.safetensors", "state.json"} <= names
+    completed = [trial for trial in found["trials"] if trial.state == "completed"]
+    assert completed
+    for trial in completed:
+        names = {p.name for p in Path(str(trial.checkpoint)).iterdir()}
+        lora = trial.config.method == "lora"
+        assert {"adapter_model.safetensors" if lora else "model.safetensors", "state.json"} <= names
+        assert ("optimizer.safetensors" in names) == lora, "of a whole model at its end nothing is trained on"
