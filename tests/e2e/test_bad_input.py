@@ -16,10 +16,8 @@ ROWS = "".join(json.dumps({"prompt": f"word {n}: ", "completion": f"meaning {n}"
     [
         (["model=/nowhere/at/all"], 7, "/nowhere/at/all"),
         (["data.train=missing.jsonl"], 7, "missing.jsonl"),
-        (["data.train=empty.jsonl"], 7, "empty.jsonl"),
         (["data.train=broken.jsonl"], 7, "broken.jsonl"),
         (["data.train=holes.jsonl"], 7, "row"),
-        (["data.retention=missing.jsonl"], 7, "missing.jsonl"),
         (["data.max_tokens=64", "objective=nowhere:score"], 7, "metric nowhere:score: nowhere cannot be imported"),
         (["data.max_tokens=64", "objective={metric: accuracy, choices: [a, b]}"], 7, "is none of the choices ('a', "),
         (["budget.cap=$0"], 2, "budget.cap"),
@@ -33,7 +31,6 @@ def test_refused_before_anything_is_held(tmp_path: Path, overrides: list[str], c
     """Proves invariant 9 for every mistake that the issue names."""
     spec = write_spec(tmp_path, cap="$1")
     (tmp_path / "good.jsonl").write_text(ROWS)
-    (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "completion"\n')
     (tmp_path / "holes.jsonl").write_text(ROWS + json.dumps({"prompt": "x", "completion": ""}) + "\n")
     model = Path(__file__).parents[2] / "models" / "smollm2-135m"

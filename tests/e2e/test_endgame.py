@@ -221,7 +221,7 @@ def struck(folder: Path, process: subprocess.Popen[str], victim: str) -> dict[st
     return checked(folder)
 
 
-@pytest.mark.parametrize("victim", ["worker", "all", "nobody"])
+@pytest.mark.parametrize("victim", [pytest.param("worker", marks=pytest.mark.stress), "all", "nobody"])
 def test_the_race_survives_its_worker(tmp_path: Path, victim: str) -> None:
     """Proves recovery in the endgame: a killed worker's run goes on from its checkpoint; one that Ctrl-C stopped is
     parked when more money lets the search go on, and goes on after it."""

@@ -134,7 +134,7 @@ def test_killed_at_commits_the_finale_goes_on(
     assert in_the_finale >= 2
 
 
-@pytest.mark.parametrize("victim", ["worker", "all", "nobody"])
+@pytest.mark.parametrize("victim", [pytest.param("worker", marks=pytest.mark.stress), "all", "nobody"])
 def test_the_finale_survives_its_worker(tmp_path: Path, victim: str) -> None:
     """Proves recovery: it goes on from its checkpoint, every cent is charged once, and one that Ctrl-C stopped is
     parked while more money lets the search go on, and goes on after it."""

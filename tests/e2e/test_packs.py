@@ -51,7 +51,7 @@ def checked(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("victim", ["worker", "all"])
+@pytest.mark.parametrize("victim", [pytest.param("worker", marks=pytest.mark.stress), "all"])
 def test_a_study_of_packs(tmp_path: Path, victim: str) -> None:
     """Proves the main job with four trials at once, under kill -9 of the worker or of everything in the middle."""
     spec, out = tiny_spec(tmp_path), tmp_path / "out.txt"
