@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,7 @@ _PROGRESS_NS = 1_000_000_000  # between two reports of progress: of up to four t
 _LONGEST_PROGRESS = 5  # times as long at most; each trial's report is an event that somebody must read
 _NS_PER_MS = 1_000_000
 _LOOK_S = 0.1  # a signal does not wake a select, and suspend stops it, so waits are cut to this
+_UNHEARD_S = 600.0  # a worker on a file's meter, which no clock ends, leaves when it has heard nothing for so long
 _SAVING_S = 0.005  # the same while a checkpoint is being written that somebody waits for
 _FIRST_GUESS_MS = 500  # of a checkpoint or an evaluation, before one was measured
 _STEP_DECAY = 0.9  # one slow step (a compilation) must not count as the usual one for ever
@@ -86,6 +88,7 @@ class Worker:
         self._examine_base = False  # it was asked for
         self._stop = False
         self._terminated = False
+        self._heard_s = time.monotonic()  # when there was last something to do
         self._trained_ns = 0  # metered time in which anything trained
         self._stretch: Stretch | None = None  # the present one
         self._progress_mark_ns = 0
@@ -148,6 +151,8 @@ class Worker:
                 self._inbox.waiting(_SAVING_S)
         else:
             self._inbox.waiting(_LOOK_S)
+            return None
+        self._heard_s = time.monotonic()
         return None
 
     def _engine(self) -> Engine:
@@ -192,6 +197,8 @@ class Worker:
         # On the clock it waits as long as its checkpoints leave time for, though a step might no longer fit: the next
         # slice may come.
         over = not self._job.timings and self._meter.now_ms() >= min(self._last_ms(), self._work_ms)
+        if self._job.timings and time.monotonic() - self._heard_s > _UNHEARD_S:
+            return "paid_time"
         if self._terminated or (over and not self._arrivals_fit()):
             return "paid_time"
         return None
@@ -204,6 +211,7 @@ class Worker:
 
     def _obey(self) -> None:
         for line in self._inbox.take():
+            self._heard_s = time.monotonic()
             try:
                 command = parse_command(line)
             except MessageError as error:

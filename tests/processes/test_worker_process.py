@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -245,6 +246,17 @@ def test_timings_wait_for_a_slice(bench: Bench) -> None:
     assert bench.poll()[-1].type == "admitted" and bench.launcher.worker_alive(bench.folder)
     bench.launcher.send(bench.folder, Slice(fence=1, paid_ms=1, work_ms=100_000, checkpoint_ms=60_000))
     assert bench.wait_event("evaluated").tokens == 10_000
+
+
+def test_timings_do_not_wait_for_ever(bench: Bench) -> None:
+    """A worker on a file's meter, whose paid time no clock ends, leaves when nobody has spoken to it for long."""
+    code = "import sys; from trainers import worker; worker._UNHEARD_S = 0.5; sys.exit(worker.main(sys.argv[1:]))"
+    command = [sys.executable, "-P", "-c", code, str(bench.folder.absolute())]
+    bench.start(command=command, timings=str(bench.root / "timings.json"), work_ms=6000, paid_ms=1)
+    bench.admit(0, until=1000, examples=1000)
+    bench.wait_event("evaluated")
+    assert bench.wait_ended(timeout_s=10).exit_code == 0
+    assert bench.wait_event("ended").reason == "paid_time"
 
 
 def test_meter_sums_exactly() -> None:
