@@ -24,7 +24,7 @@ from sweep.projection import Projector
 from sweep.proposals import anything, near
 from sweep.records import RUNNING, Study, TrialRow
 from sweep.rungs import DERIVED, Judgement, Results, promotable
-from sweep.spec import RangeSpec, SearchSpec
+from sweep.spec import Method, RangeSpec, SearchSpec
 from trainers.messages import TrialConfig
 
 STARTED = 4  # configurations with a loss before the model is asked
@@ -56,7 +56,7 @@ class Allocation:
         self._search, self._seed = search, seed
         self._lengths = np.log([*shares, 1.0])
         self._features: dict[TrialConfig, Array] = {}
-        self._last: tuple[Any, _View | None] = (None, None)
+        self._views: dict[frozenset[Method], tuple[Any, _View | None]] = {}  # the last ones, by who is compared
 
     def thaw(
         self, trials: Sequence[TrialRow], results: Results, projector: Projector, newcomers: Sequence[TrialRow]
@@ -74,18 +74,21 @@ class Allocation:
         chosen, rate = self._best_paused(view, projector)
         if chosen is None or not newcomers:
             return chosen
-        step, rest = min(_price(newcomer, projector) for newcomer in newcomers)
-        fresh = self._candidates(len(trials), view)
-        return chosen if rate >= float(np.quantile(self._rates(view, fresh, step, rest), NEWCOMER)) else None
+        _, fresh = self._fresh(view, projector, newcomers)
+        return chosen if rate >= float(np.quantile(fresh, NEWCOMER)) else None
 
-    def propose(self, number: int, trials: Sequence[TrialRow], results: Results) -> dict[str, Any]:
-        """The configuration of trial `number`, by Optuna's names: the best candidate by the model."""
+    def propose(
+        self, trials: Sequence[TrialRow], results: Results, projector: Projector, newcomers: Sequence[TrialRow]
+    ) -> dict[str, Any]:
+        """The configuration of the next trial, by Optuna's names: the best candidate by the model.
+
+        `newcomers` are of the methods that it may have, and say what these cost.
+        """
         view = self._view(trials, results)
         if view is None:
-            return anything(self._search, self._draw(number))
-        fresh = self._candidates(number, view)
-        first = math.exp(self._lengths[0])
-        return fresh[int(np.argmax(self._rates(view, fresh, first, 1 - first)))]
+            return anything(self._of_methods(newcomers), self._draw(newcomers[0].number))
+        candidates, worth = self._fresh(view, projector, newcomers)
+        return candidates[int(np.argmax(worth))]
 
     def review(
         self,
@@ -101,16 +104,19 @@ class Allocation:
             return judgement
         standing = [replace(t, state="paused") if t.number == trial.number else t for t in trials]
         chosen = self.thaw(standing, results, projector, newcomers)
-        goes_on = chosen is not None and chosen.number == trial.number
-        return replace(judgement, verdict="promote" if goes_on else "pause")
+        if chosen is not None and chosen.number == trial.number:
+            return replace(judgement, verdict="promote", reason=f"its curve is worth most, {judgement.reason}")
+        return replace(judgement, verdict="pause")
 
     # What the model is asked
 
     def _view(self, trials: Sequence[TrialRow], results: Results) -> _View | None:
-        key = tuple((t.number, t.state in RUNNING, t.rung, t.diverged) for t in trials if t.rung >= 0 or t.diverged)
-        if self._last[0] != key:
-            self._last = (key, self._look(trials, results))
-        return self._last[1]
+        known = (t for t in trials if t.rung >= 0 or t.diverged)
+        key = tuple((t.number, t.state, t.rung, t.tokens, t.diverged, t.slot, t.checkpoint) for t in known)
+        group = frozenset(trial.config.method for trial in trials)
+        if group not in self._views or self._views[group][0] != key:
+            self._views[group] = key, self._look(trials, results)
+        return self._views[group][1]
 
     def _look(self, trials: Sequence[TrialRow], results: Results) -> _View | None:
         first = np.array(list(results.losses.get(0, {}).values()))
@@ -154,12 +160,18 @@ class Allocation:
         best = int(np.argmax(worth))
         return view.trials[places[best]], float(worth[best])
 
-    def _rates(self, view: _View, fresh: Sequence[dict[str, Any]], step: float, rest: float) -> Array:
+    def _fresh(
+        self, view: _View, projector: Projector, newcomers: Sequence[TrialRow]
+    ) -> tuple[list[dict[str, Any]], Array]:
+        """Candidates for the next trial, and the rate of each, at the price of its own method."""
+        fresh = self._candidates(newcomers, view)
         count = len(fresh)
         features = np.array([self._encoded(chosen) for chosen in fresh])
         lengths, rungs = np.full(count, self._lengths[0]), np.zeros(count, np.int64)
         points = Points(features, np.full(count, -1), lengths, rungs)
-        return self._worth(view, points, view.model.outlook(points), np.full(count, step), np.full(count, rest))
+        prices = {newcomer.config.method: _price(newcomer, projector) for newcomer in newcomers}
+        step, rest = np.array([prices[chosen["method"]] for chosen in fresh]).T
+        return fresh, self._worth(view, points, view.model.outlook(points), step, rest)
 
     def _worth(self, view: _View, points: Points, outlook: Outlook, step: Array, rest: Array) -> Array:
         at = view.reference
@@ -175,12 +187,16 @@ class Allocation:
     def _draw(self, number: int) -> random.Random:
         return random.Random(f"{self._seed}:{number}:candidates")
 
-    def _candidates(self, number: int, view: _View) -> list[dict[str, Any]]:
-        draw = self._draw(number)
-        promising = np.argsort(view.outlook.mean, kind="stable")[:NEARBY]
+    def _of_methods(self, newcomers: Sequence[TrialRow]) -> SearchSpec:
+        return self._search.model_copy(update={"method": tuple(newcomer.config.method for newcomer in newcomers)})
+
+    def _candidates(self, newcomers: Sequence[TrialRow], view: _View) -> list[dict[str, Any]]:
+        draw, search = self._draw(newcomers[0].number), self._of_methods(newcomers)
+        known = [place for place, trial in enumerate(view.trials) if trial.config.method in search.method]
+        promising = sorted(known, key=lambda place: (view.outlook.mean[place], place))[:NEARBY]
         around = [space.chosen(view.trials[place].config) for place in promising]
-        fresh = [anything(self._search, draw) for _ in range(DRAWN)]
-        return fresh + [near(self._search, best, draw) for best in around for _ in range(NEAR_EACH)]
+        fresh = [anything(search, draw) for _ in range(DRAWN)]
+        return fresh + [near(search, best, draw) for best in around for _ in range(NEAR_EACH)]
 
     def _points(self, trials: Sequence[TrialRow], rungs: Sequence[int]) -> Points:
         features = np.array([self._of(trial.config) for trial in trials])

@@ -77,11 +77,13 @@ def _trial_event(connection: Connection, study: Study, trial: TrialRow, event: T
             records.set_trial(connection, name, number, train_loss=_number(event.train_loss))
         case Checkpointed():
             records.set_trial(connection, name, number, checkpoint=event.checkpoint, checkpoint_tokens=event.tokens)
+            _state(connection, name, trial, event.checkpoint_ms)
         case Evaluated():
             _evaluated(connection, study, trial, event)
         case Paused():
             _left(connection, name, trial, event.attempt, "paused")
             records.set_trial(connection, name, number, checkpoint=event.checkpoint, checkpoint_tokens=event.tokens)
+            _state(connection, name, trial, event.checkpoint_ms)
         case Dropped():
             _left(connection, name, trial, event.attempt, "dropped")
             if trial.config.method == "full" and trial.state != "completed":  # the worker removed what was written
@@ -119,11 +121,13 @@ def _evaluated(connection: Connection, study: Study, trial: TrialRow, event: Eva
             )
         )
     _scores(connection, study.name, trial.number, event.scores, {})
+    # One that was parked while it was evaluated for the last time has nothing left to go on to.
+    judged = trial.state == "live" or (event.final and trial.state in {"paused", "waiting"})
     records.set_trial(
         connection,
         study.name,
         trial.number,
-        state="judging" if trial.state == "live" else trial.state,
+        state="judging" if judged else trial.state,
         rung=trial.target,
         loss=_number(event.loss),
         full_loss=_number(event.full_loss),
@@ -135,6 +139,14 @@ def _evaluated(connection: Connection, study: Study, trial: TrialRow, event: Eva
         records.set_trial(
             connection, study.name, trial.number, checkpoint=event.checkpoint, checkpoint_tokens=event.tokens
         )
+
+
+def _state(connection: Connection, name: str, trial: TrialRow, ms: int) -> None:
+    """Stores how long a full-parameter trial's state took to write, of which there are few."""
+    if trial.config.method == "full" and ms:
+        facts = records.study(connection, name).facts
+        facts["state_ms"] = [*facts.get("state_ms", []), ms]
+        records.set_study(connection, name, facts=json.dumps(facts))
 
 
 def _scores(

@@ -326,7 +326,9 @@ class Race:
         seconds -= sum(self.projector.to_end(trial).mean for trial in self._under_way())
         if not self.examined:
             seconds -= self.projector.examined(confirms=True).high
-        return seconds - max(lengths.tail / 1000 - ending, 0.0)
+        # A spot machine's time is held at its ceiling.
+        dearer = self.study.tariff.ceiling / max(money.micros_per_hour, 1)
+        return seconds - max(dearer * lengths.tail / 1000 - ending, 0.0)
 
     def next(self, seconds_left: float) -> list[Run]:
         """The runs that begin now, or go on; [] while the search is under way, or where nothing is confirmed."""

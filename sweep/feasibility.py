@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from sweep import space
 from sweep.records import Study, TrialRow, newcomer
 from trainers.memory import needs_at_least
-from trainers.messages import TrialConfig
+from trainers.messages import Method, TrialConfig
 
 REASON = "out of memory"  # sweep/apply.py's, for the failure code out_of_memory
 MOST = 24  # configurations in a row that were not started: the sampler finds nothing else
@@ -47,9 +47,10 @@ def exhausted(trials: Sequence[TrialRow]) -> bool:
     return len(last) == MOST and all(trial.reason.startswith(f"{REASON}: not started") for trial in last)
 
 
-def newcomers(study: Study, trials: Sequence[TrialRow]) -> list[TrialRow]:
-    """The cheapest trial of each method, as the next one to be asked; none where no more may be asked."""
+def newcomers(study: Study, trials: Sequence[TrialRow], method: Method | None = None) -> list[TrialRow]:
+    """The cheapest trial of each method, or of one, as the next one to be asked; none where no more may be asked."""
     search, number, examples = study.spec.search, len(trials), study.facts["plan"]["examples"]
     if study.phase != "search" or exhausted(trials) or (search.trials is not None and number >= search.trials):
         return []
-    return [newcomer(space.typical(method, search, examples, study.spec.seed, number)) for method in search.method]
+    methods = search.method if method is None else [method]
+    return [newcomer(space.typical(one, search, examples, study.spec.seed, number)) for one in methods]

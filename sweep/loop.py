@@ -14,26 +14,26 @@ from functools import partial
 from pathlib import Path
 
 from budgets.ledger import Ledger
-from sweep import current, endgame, feasibility, finale, records, rungs, seats, space, stopping, telling, triage
+from sweep import current, endgame, feasibility, finale, records, rungs, seats, space, stopping, telling, triage, turns
 from sweep.allocation import allocation_of
 from sweep.apply import apply
 from sweep.current import Current
-from sweep.dominance import overrule
+from sweep.decisions import decide
 from sweep.endgame import Race
 from sweep.errors import BudgetError, DiskError, Interrupted, StoreError, WorkerError
 from sweep.instruct import Instructor
 from sweep.launchers.base import Launcher
 from sweep.projection import projector_of
 from sweep.records import TrialRow, WorkerRow
-from sweep.rungs import Judgement, Results
+from sweep.rungs import Results
 from sweep.store import Store
 from sweep.study import Memory
 from sweep.triage import Funds
 from sweep.workers import Workers
-from trainers.messages import BaseEvaluated, Evaluated, Event, Ready, Release, Slice, Stop, TrialConfig
+from trainers.messages import BaseEvaluated, Checkpointed, Evaluated, Event, Method, Paused, Ready, Release, Slice, Stop
 
 POLL_SECONDS = 0.02
-STOP_MS = 25_000  # a worker that is told to stop has this long to checkpoint
+STOP_MS = 25_000  # a worker that is told to stop has so long to checkpoint, or as long as the tail is paid for
 LATE_MS = 5_000  # a worker that lives so long beyond its paid time has no watchdog that works
 MAX_DEATHS = 3  # workers that die in a row without training anything
 
@@ -72,7 +72,6 @@ class Sweep:
         self.instructor = Instructor(launcher, self.projector.plan)
         self.asked_to = stopping
         self._stopping = False
-        self._refused: TrialConfig | None = None  # the last one that was asked for and could not be paid
         self._deaths = 0
         self._unreleased: Path | None = None  # the folder of a worker that ended, whose watchdog waits for a word
         self._trained_before = 0
@@ -176,10 +175,9 @@ class Sweep:
         return False
 
     def _learn(self, event: Event) -> None:
-        if isinstance(event, Evaluated):
-            with self.store.read() as connection:
-                trial = next(t for t in records.trials(connection, self.name) if t.number == event.trial)
-            self.projector.observe_evaluation(trial.config, event)
+        if isinstance(event, Evaluated | Paused | Checkpointed):
+            trial = next(t for t in self._everyone() if t.number == event.trial)
+            self.projector.observe(trial.config, event)
         elif isinstance(event, Ready):
             self.projector.observe_load(event.at_ms)
         elif isinstance(event, BaseEvaluated):
@@ -230,20 +228,7 @@ class Sweep:
                 self._decide(trial, *self._trials())
 
     def _decide(self, trial: TrialRow, trials: list[TrialRow], results: Results) -> None:
-        can_pause = trial.config.method == "lora" or self.projector.parking_pays(trial)
-        judgement = rungs.judge(
-            trial,
-            results,
-            last=self.projector.plan.last,
-            eta=self.study.spec.search.eta,
-            base_loss=self.study.base_rung_loss,
-            can_pause=can_pause,
-        )
-        if can_pause:
-            known = trials, results, self.projector, feasibility.newcomers(self.study, trials)
-            judgement = self.allocation.review(judgement, trial, *known)
-        if trial.source is None:
-            judgement = self._overruled(judgement, trial, trials, results)
+        judgement = decide(self.study, trial, trials, results, self.projector, self.allocation)
         if trial.source is None and trial.loss is not None and not judgement.diverged:
             self.memory.report(trial.number, trial.rung, trial.loss)
         match judgement.verdict:
@@ -254,13 +239,11 @@ class Sweep:
             case "pause":
                 self._change(trial, "paused", judgement.reason, target=trial.rung)
             case "promote":
-                # Another one's turn, unless swapping costs more than it gives.
-                others = any(t.state == "waiting" for t in trials)
-                state, turn = ("waiting", records.next_turn(trials)) if others and can_pause else ("live", trial.turn)
+                # Another one's turn, unless swapping costs more than it gives: a full-parameter trial's state is large.
+                swaps = trial.config.method == "lora" and any(t.state == "waiting" for t in trials)
+                swaps = swaps or trial.slot is None  # its worker died before this was decided
+                state, turn = ("waiting", records.next_turn(trials)) if swaps else ("live", trial.turn)
                 self._change(trial, state, f"promoted: {judgement.reason}", target=trial.rung + 1, turn=turn)
-
-    def _overruled(self, judgement: Judgement, trial: TrialRow, trials: list[TrialRow], results: Results) -> Judgement:
-        return overrule(judgement, trial, trials, results.losses)
 
     def _change(self, trial: TrialRow, state: str, reason: str, **values: int) -> None:
         telling.change(self.store, self.name, trial, state, reason, **values)
@@ -323,12 +306,23 @@ class Sweep:
                     return False
 
     def _search(self, trials: list[TrialRow], results: Results) -> bool:
-        return self._enough() is None and (
-            self._wake(trials, results)
-            or self._ask(trials, results)
-            or self._wake(trials, results, instead=True)
-            or self._finish(trials, results)
-        )
+        """Whether the search goes on by one more step."""
+        if self._enough() is not None:
+            return False
+        search = self.study.spec.search
+        order: list[Method | None] = [None]
+        if turns.balanced(search):
+            money = self._funds(trials, results)
+            order = [*turns.order(search, trials, self._now().evaluations, self.projector, money)]
+            if turns.crowded(search, trials, order[0]):
+                return False
+        return any(self._more(trials, results, method) for method in order) or self._finish(trials, results)
+
+    def _more(self, trials: list[TrialRow], results: Results, method: Method | None) -> bool:
+        """Wakes or asks for a trial of a method, of any where it is None."""
+        known = turns.among(trials, results, method)
+        newcomers = feasibility.newcomers(self.study, trials, method)
+        return self._wake(*known, newcomers) or self._ask(trials, results, method) or self._wake(*known, [])
 
     def _begin_endgame(self) -> bool:
         """When the search has no more to spend, the reserve goes to the best that is left; False if it began before."""
@@ -354,7 +348,7 @@ class Sweep:
     def _seat(self, *, filled: bool) -> None:
         """Gives free slots to those who wait longest and tells the worker, before anything slower is done."""
         trials, worker = self._everyone(), self._worker()
-        waiting = sorted((t for t in trials if t.state == "waiting" and t.slot is None), key=lambda t: t.turn)
+        waiting = sorted((t for t in trials if t.state in {"waiting", "live"} and t.slot is None), key=lambda t: t.turn)
         if self._stopping or self.interrupted:
             waiting = []
         if worker is None and waiting:
@@ -378,13 +372,12 @@ class Sweep:
             self._park()
             self._stopping = not self._begin_endgame()
 
-    def _wake(self, trials: list[TrialRow], results: Results, *, instead: bool = False) -> bool:
-        """Thaws the trial that has earned it; `instead` of a new one, where none can be asked."""
+    def _wake(self, trials: list[TrialRow], results: Results, newcomers: list[TrialRow]) -> bool:
+        """Thaws the trial that has earned it; without `newcomers`, instead of a new one that can't be asked."""
         if self.study.phase != "search":
             return False
-        newcomers = [] if instead else feasibility.newcomers(self.study, trials)
         trial = self.allocation.thaw(trials, results, self.projector, newcomers)
-        return trial is not None and self._promote(trial, trials, results, "promoted")
+        return trial is not None and self._promote(trial, *self._trials(), "promoted")
 
     def _finish(self, trials: list[TrialRow], results: Results) -> bool:
         """When no new trial can be paid, the rest of the money finishes the paused ones that may still win.
@@ -404,7 +397,8 @@ class Sweep:
         return bool(promoted)
 
     def _promote(self, trial: TrialRow, trials: list[TrialRow], results: Results, reason: str) -> bool:
-        woken = replace(trial, state="waiting", target=max(trial.target, trial.rung + 1))
+        target = min(max(trial.target, trial.rung + 1), self.projector.plan.last)
+        woken = replace(trial, state="waiting", target=target)
         if paid := self._affordable(woken, trials, results):
             self._change(woken, "waiting", reason, target=woken.target, turn=records.next_turn(trials))
         return paid
@@ -415,24 +409,24 @@ class Sweep:
         money = self._funds(joined, results)
         return triage.affordable(trial, joined, results, money, self.projector, self.study.spec.search.eta)
 
-    def _ask(self, trials: list[TrialRow], results: Results) -> bool:
+    def _ask(self, trials: list[TrialRow], results: Results, method: Method | None) -> bool:
         """Asks for a new trial; True if there is one more to consider."""
         search, examples, seed = self.study.spec.search, self.projector.plan.examples, self.study.spec.seed
         # If not even the cheapest configuration can be paid, nothing is asked; nor until what was refused could be.
-        number, least = len(trials), feasibility.newcomers(self.study, trials)
-        if self._refused is not None:
-            least = [records.newcomer(replace(self._refused, number=number))]
-        if not any(self._affordable(one, trials, results) for one in least):
+        number, fresh = len(trials), feasibility.newcomers(self.study, trials, method)
+        fresh = [one for one in fresh if self._affordable(triage.refused(trials, one), trials, results)]
+        if not fresh:
             return False
-        model = partial(self.allocation.propose, number, trials, results)
-        _, chosen = self.memory.ask(number, partial(space.suggest, search=search), *feasibility.view(trials), model)
+        method = fresh[0].config.method if len(fresh) == 1 else method
+        model = partial(self.allocation.propose, *turns.among(trials, results, method), self.projector, fresh)
+        suggest = partial(space.suggest, search=search)
+        _, chosen = self.memory.ask(number, suggest, *feasibility.view(trials), model, method)
         config = space.config(number, chosen, search, examples, seed)
         hopeless = feasibility.refusal(config, trials)
         affordable = self._affordable(records.newcomer(config), trials, results)
         with self.store.write() as connection:
             records.add_trial(connection, self.name, config, records.next_turn(trials))
             records.note(connection, self.name, "asked", f"trial {number}: {space.describe(config)}", number)
-        self._refused = None if affordable or hopeless else config
         if hopeless:
             self._end(records.newcomer(config), "failed", hopeless)
         elif not affordable:
@@ -463,7 +457,8 @@ class Sweep:
         if used_up and not self.interrupted and self._begin_endgame():
             self._park()  # as where the clock ended it: the search is over, and the reserve is there
             return
-        if self.launcher.send(Path(worker.folder), Stop(fence=self.study.fence, within_ms=STOP_MS)):
+        within_ms = max(STOP_MS, self._lengths.tail)
+        if self.launcher.send(Path(worker.folder), Stop(fence=self.study.fence, within_ms=within_ms)):
             self._stopping = True
 
     def _enough(self) -> str | None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from budgets.forecast import NOTHING, Seconds
 from budgets.money import affordable_ms, cost_micros, usd
-from sweep import endgame, finale, rungs, seats, slices, space
+from sweep import endgame, finale, rungs, seats, slices, space, turns
 from sweep.endgame import Candidate, SecondsOf
 from sweep.pricing import Quote
 from sweep.projection import Plan, Projector, plan, untaught
@@ -320,7 +320,7 @@ class _Forecasts:
         """One run of a typical configuration, as the loop forecasts it before it asks for one."""
         config = space.typical(method, self.spec.search, self.projector.plan.examples, self.spec.seed)
         seconds = self.projector.train(config, self.projector.plan.run_tokens)
-        cost = self.price(seconds.mean)
+        cost = max(self.price(seconds.mean), 1)  # of a model so small that a run rounds to nothing
         searched = method in self.spec.search.method
         return Whole(
             method, searched, cost, self.price(seconds.low), self.price(seconds.high), self.spec.budget.cap / cost
@@ -359,7 +359,8 @@ class _Forecasts:
         seconds = self.seconds_of(self.spec.budget.cap - self.spec.budget.reserve) - self.start()
         live = seats.places(self.slots, search.live)
         eta = rungs.APART if search.promote == "curves" else search.eta
-        rules = Rules(live, self.slots, eta, rungs.policy(search, plan.shares), search.trials)
+        even = turns.balanced(search)
+        rules = Rules(live, self.slots, eta, rungs.policy(search, plan.shares), search.trials, even)
         return rehearse([self.costs[method] for method in search.method], max(seconds, 0.0) / slower, rules)
 
     def rungs(self, search: Rehearsed) -> list[Rung]:

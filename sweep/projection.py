@@ -15,7 +15,7 @@ from sweep import records, seats
 from sweep.pricing import SECONDS_A_TOKEN
 from sweep.records import Study, TrialRow
 from sweep.tables import CONFIRMATIONS
-from trainers.messages import TrialConfig
+from trainers.messages import Checkpointed, Evaluated, Paused, TrialConfig
 
 # Effective FLOP/s before anything was measured. Small models reach far less of a GPU than large ones; the first
 # evaluations correct this by whatever factor it is wrong.
@@ -128,6 +128,13 @@ class Projector:
         self._model_share = 1.0 if self._replayed else MODEL_SHARE
         self.flops = flops or (CORE_FLOPS * cores if device in {"cpu", "replay"} else next(known, OTHER_GPU_FLOPS))
 
+    def observe(self, config: TrialConfig, event: Evaluated | Paused | Checkpointed) -> None:
+        """Learns from what a worker says of a trial."""
+        if isinstance(event, Evaluated):
+            self.observe_evaluation(config, event)
+        elif config.method == "full" and event.checkpoint_ms:
+            self.observe_state(event.checkpoint_ms)
+
     def observe_evaluation(self, config: TrialConfig, row: Any) -> None:
         """Learns from a stretch of training that ended in an evaluation (an Evaluated event, or its row)."""
         self._learn(self._train(config, row.width), row.train_tokens, row.train_ms)
@@ -153,6 +160,11 @@ class Projector:
         # would be taken for as dear as its first guess for ever. On a meter of tokens 0 is exact.
         if ms or not self._metered_by_token:
             self.forecast.observe(work, units, max(ms, LEAST_MS) / 1000)
+
+    def observe_state(self, ms: int) -> None:
+        """Learns how long a full-parameter trial's whole state took to write."""
+        for kind in ("checkpoint", "write"):
+            self._learn(self._piece(kind, "full"), 1, ms)
 
     def observe_load(self, ms: int) -> None:
         """Learns how long a worker took to get ready."""
@@ -330,7 +342,8 @@ class Projector:
         if kind == "checkpoint" and self._on_gpu and not full:
             prior = SNAPSHOT_SECONDS
         prior = FREE if self._metered_by_token else prior
-        return Work(kind, prior, {"full": float(full)})
+        # An adapter's checkpoint says nothing about 14 bytes a parameter.
+        return Work(f"{kind} of a full state" if full else kind, prior)
 
 
 def untaught(study: Study) -> Projector:
@@ -359,6 +372,8 @@ def projector_of(study: Study, connection: Connection) -> Projector:
     configs = {trial.number: trial.config for trial in trials}
     for row in records.evaluations(connection, study.name):
         projector.observe_evaluation(configs[row.trial], row)
+    for ms in study.facts.get("state_ms", []):
+        projector.observe_state(ms)
     for worker in workers:
         if worker.load_ms is not None:
             projector.observe_load(worker.load_ms)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from sweep import priors, space
 from sweep.priors import Priors
 from sweep.records import Study
-from sweep.spec import RangeSpec, SearchSpec
+from sweep.spec import Method, RangeSpec, SearchSpec
 
 SourceName = Literal["first", "prior", "uniform", "incumbent", "sampler"]
 
@@ -60,25 +60,37 @@ class Guide:
         digest = hashlib.sha256(f"{seed}:sources".encode()).digest()
         self._offset = int.from_bytes(digest[:4], "big") / 2**32
 
-    def propose(self, number: int, seen: Sequence[Mapping[str, Any]], measured: int | None = None) -> Proposal:
+    def propose(
+        self,
+        number: int,
+        seen: Sequence[Mapping[str, Any]],
+        measured: int | None = None,
+        method: Method | None = None,
+    ) -> Proposal:
         """Proposes trial `number`. `seen` are the configurations with a result, the best first.
 
-        The first `measured` of them have a loss (None: all); the others diverged or ran out of memory.
+        The first `measured` of them have a loss (None: all); the others diverged or ran out of memory. With `method`
+        one of that method, if it is none of the first ones, which are whose they are.
         """
         if number < len(self.priors.first):
             return Proposal("first", dict(self.priors.first[number]))
         if not self.priors.guided:
             return Proposal("sampler", None)
+        search = self.search
+        if method is not None:
+            search = search.model_copy(update={"method": (method,)})
+            known = [chosen["method"] == method for chosen in seen[:measured]]
+            seen, measured = [chosen for chosen in seen if chosen["method"] == method], sum(known)
         shares = self.shares(seen, measured)
         # Multiples of the golden ratio fill the line evenly: of ten trials in a row one is uniform, not by luck none.
         at = (self._offset + number * GOLDEN) % 1.0
         source = _pick(list(shares), list(shares.values()), at)
         draw = random.Random(f"{self._seed}:{number}")
         if source == "prior":
-            return Proposal(source, self._likely(draw))
+            return Proposal(source, self._likely(draw, search.method))
         if source == "uniform":
-            return Proposal(source, anything(self.search, draw))
-        return Proposal(source, near(self.search, seen[0], draw) if source == "incumbent" else None)
+            return Proposal(source, anything(search, draw))
+        return Proposal(source, near(search, seen[0], draw) if source == "incumbent" else None)
 
     def shares(self, seen: Sequence[Mapping[str, Any]], measured: int | None = None) -> dict[SourceName, float]:
         """How likely each source is for the next configuration; the sum is 1. `measured` as in `propose`."""
@@ -125,8 +137,8 @@ class Guide:
 
     # Draws
 
-    def _likely(self, draw: random.Random) -> dict[str, Any]:
-        chosen: dict[str, Any] = {"method": draw.choice(self.search.method)}
+    def _likely(self, draw: random.Random, methods: Sequence[Method]) -> dict[str, Any]:
+        chosen: dict[str, Any] = {"method": draw.choice(methods)}
         # The likeliest rate depends on alpha and on how many steps there are, so it comes last.
         parameters = space.branch(chosen["method"], self.search)
         rate = f"{chosen['method']}_learning_rate"

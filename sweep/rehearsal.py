@@ -45,6 +45,7 @@ class Rules:
     eta: int
     policy: Policy | None = None  # who goes on from a rung; None: halving
     trials: int | None = None  # at most
+    even: bool = False  # the methods are searched apart, for the same money each (sweep/turns.py)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,10 @@ class Rehearsed:
 
 
 def rehearse(costs: Sequence[Costs], seconds: float, rules: Rules) -> Rehearsed:
-    """Returns how a search of so many seconds is to be expected to go. `costs`: of each method, taken in turn."""
+    """Returns how a search of so many seconds is to be expected to go. `costs`: of each method.
+
+    Methods are tried equally often unless the rules keep their money even.
+    """
     found = [_Search(costs, seconds, rules, seed).run() for seed in range(DRAWS)]
 
     def mean(values: Sequence[float]) -> float:
@@ -77,6 +81,7 @@ def rehearse(costs: Sequence[Costs], seconds: float, rules: Rules) -> Rehearsed:
 @dataclass
 class _Trial:
     number: int
+    method: int  # its place among the costs
     costs: Costs
     quality: float
     state: str = "running"  # paused, ended
@@ -96,7 +101,10 @@ class _Search:
         self._last = len(costs[0].packed) - 1
         self._trials: list[_Trial] = []
         self._running: list[_Trial] = []
-        self._ranked: list[list[tuple[float, int]]] = [[] for _ in range(self._last + 1)]  # (loss, number) by rung
+        groups = len(costs) if rules.even else 1
+        # (loss, number) by who is compared with whom, and by rung
+        self._ranked: list[list[list[tuple[float, int]]]] = [[[] for _ in costs[0].packed] for _ in range(groups)]
+        self._of_method = [0.0] * len(costs)  # seconds that each method has had
         self._losses: dict[int, dict[int, float]] = {}  # as a policy is shown them
         self._spent = [0.0] * (self._last + 1)
         self._beside = 0.0
@@ -115,7 +123,7 @@ class _Search:
         factor = self._seconds / (self._seconds - self._left) if self._cut else 1.0
         return Rehearsed(
             started=factor * sum(t.rung >= 0 for t in self._trials),
-            arrived=tuple(factor * len(ranked) for ranked in self._ranked),
+            arrived=tuple(factor * sum(map(len, ranked)) for ranked in zip(*self._ranked, strict=True)),
             spent=tuple(factor * seconds for seconds in self._spent),
             beside=factor * self._beside,
             left=0.0 if self._cut else self._left,
@@ -150,15 +158,18 @@ class _Search:
 
     # Who is better
 
+    def _peers(self, trial: _Trial) -> list[list[tuple[float, int]]]:
+        return self._ranked[trial.method if self._rules.even else 0]
+
     def _place(self, trial: _Trial) -> tuple[int, int]:
-        ranked = self._ranked[trial.rung]
+        ranked = self._peers(trial)[trial.rung]
         return bisect.bisect_left(ranked, (trial.losses[trial.rung], trial.number)) + 1, len(ranked)
 
     def _among_best(self, trial: _Trial) -> bool:
         if self._rules.policy is not None:
             return asked(self._rules.policy, trial.number, trial.rung, self._losses)
         place, count = self._place(trial)
-        return place <= count // self._rules.eta
+        return place <= count // self._rules.eta or (place == 1 and not trial.costs.parks)
 
     def _promise(self, trial: _Trial) -> float:
         if trial.rung < 0:
@@ -168,14 +179,15 @@ class _Search:
 
     def _leader(self) -> _Trial | None:
         best = []
-        for rung, ranked in enumerate(self._ranked):
-            here = (self._trials[number] for _, number in ranked)
-            best.append(next((t for t in here if t.rung == rung and t.state != "ended"), None))
+        for group in self._ranked:
+            for rung, ranked in enumerate(group):
+                here = (self._trials[number] for _, number in ranked)
+                best.append(next((t for t in here if t.rung == rung and t.state != "ended"), None))
         found = [trial for trial in best if trial is not None]
         return min(found, key=lambda t: (self._promise(t), t.number), default=None)
 
     def _worth_finishing(self, trial: _Trial) -> bool:
-        done = self._ranked[self._last]
+        done = self._peers(trial)[self._last]
         return not done or trial.losses[trial.rung] < self._trials[done[0][1]].losses[trial.rung]
 
     # The loop
@@ -187,12 +199,14 @@ class _Search:
 
     def _wake(self) -> bool:
         for rung in reversed(range(self._last)):
-            ranked = self._ranked[rung]
-            count = len(ranked) if self._rules.policy is not None else len(ranked) // self._rules.eta
-            waiting = (self._trials[number] for _, number in ranked[:count])
-            earned = next((t for t in waiting if t.state == "paused" and t.rung == rung and self._among_best(t)), None)
-            if earned is not None:
-                return self._promote(earned)
+            for group in self._ranked:
+                ranked = group[rung]
+                count = len(ranked) if self._rules.policy is not None else len(ranked) // self._rules.eta
+                waiting = (self._trials[number] for _, number in ranked[:count])
+                paused = (t for t in waiting if t.state == "paused" and t.rung == rung)
+                earned = next((t for t in paused if self._among_best(t)), None)
+                if earned is not None:
+                    return self._promote(earned)
         return False
 
     def _promote(self, trial: _Trial) -> bool:
@@ -208,8 +222,9 @@ class _Search:
         if self._rules.trials is not None and number >= self._rules.trials:
             return False
         quality = self._draw.gauss(0, 1) - LEARNS * math.log1p(number)
-        trial = _Trial(number, self._costs[number % len(self._costs)], quality)
-        if not self._affordable(trial):
+        trials = [_Trial(number, method, self._costs[method], quality) for method in self._order(number)]
+        trial = next((one for one in trials if self._affordable(one)), None)
+        if trial is None:
             return False
         if number >= MOST:
             self._cut = True
@@ -217,6 +232,14 @@ class _Search:
         self._trials.append(trial)
         self._running.append(trial)
         return True
+
+    def _order(self, number: int) -> list[int]:
+        """The methods that the next trial may be of, the one whose turn it is first."""
+        if not self._rules.even:
+            return [number % len(self._costs)]
+        ahead = [sum(self._next(t) for t in self._running if t.method == method) for method in range(len(self._costs))]
+        spent = [had + more for had, more in zip(self._of_method, ahead, strict=True)]
+        return sorted(range(len(spent)), key=lambda method: spent[method])
 
     def _finish(self) -> bool:
         """The rest of the money finishes the paused ones that may still win."""
@@ -245,18 +268,19 @@ class _Search:
     def _train(self, trial: _Trial) -> None:
         rung = trial.target
         self._left -= self._next(trial)
+        self._of_method[trial.method] += trial.costs.packed[rung]
         self._spent[rung] += trial.costs.packed[rung]
         self._beside += self._next(trial) - trial.costs.packed[rung]
         trial.rung, trial.parked = rung, False
         trial.losses.append(trial.quality + (self._draw.gauss(0, NOISE) if rung < self._last else 0.0))
-        bisect.insort(self._ranked[rung], (trial.losses[rung], trial.number))
+        bisect.insort(self._peers(trial)[rung], (trial.losses[rung], trial.number))
         self._losses.setdefault(rung, {})[trial.number] = trial.losses[rung]
         if rung == self._last:
             trial.state = "ended"
         elif self._among_best(trial):
             trial.target += 1
-            # Another one's turn: what takes turns in one slot is put aside, and read again.
-            trial.parked = self._rules.slots == 1 and bool(self._running) and trial.costs.parks
+            # Another one's turn: what takes turns in one slot is put aside, and read again, where its state is small.
+            trial.parked = self._rules.slots == 1 and bool(self._running) and not trial.costs.park
             self._running.append(trial)
         else:
             trial.state = "paused" if trial.costs.parks else "ended"

@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 
 from budgets.ledger import Balances, CapTooLow, HoldClosed, HoldsOpen, Ledger
 from budgets.money import usd
-from sweep import records
+from sweep import records, telling
 from sweep.audit import violations
 from sweep.errors import InvariantError, StoreUnavailableError, StudyBusyError, UsageError, WorkerError
 from sweep.launchers.base import LaunchError
@@ -44,7 +44,7 @@ def take(store: Store, name: str, cap: int | None = None) -> None:
         records.set_study(connection, name, fence=study.fence + 1)
         ledger = Ledger(connection, name)
         ledger.take_over(study.fence + 1)
-        before = ledger.balances().cap
+        before = ledger.balances()
         if cap is not None:
             try:
                 ledger.set_cap(cap, f"fence{study.fence + 1}")
@@ -54,19 +54,27 @@ def take(store: Store, name: str, cap: int | None = None) -> None:
                     f"{usd(cap)} is under the {usd(balances.spent + balances.held)} that is spent and held already"
                     + (f" and the reserve of {usd(balances.reserve)}" if balances.reserve else "")
                 ) from error
-            # There is money to ask for more, and whoever had enough wants to go on.
-            facts = {key: value for key, value in study.facts.items() if key not in {"stopped", "endgame_until"}}
-            facts["patience_from"] = records.next_evaluation(connection, name) - 1
-            records.set_study(connection, name, phase="search", facts=facts)
             records.note(connection, name, "cap", f"the cap is {usd(cap)} now")
-            _reserve(connection, study, ledger.balances().cap - before)
+            if study.phase != "endgame" or cap > before.cap or "stopped" in study.facts:
+                _search_on(connection, study, before, ledger.balances())
 
 
-def _reserve(connection: Connection, study: Study, more: int) -> None:
-    """The search goes on with what the cap was raised by, less the endgame's share of it; what raced waits for that."""
+def _search_on(connection: Connection, study: Study, before: Balances, after: Balances) -> None:
+    """The search goes on with what the cap was raised by, less the endgame's share of it.
+
+    There is money to ask for more, and whoever had enough wants to go on. What raced waits for that; what is left of
+    the reserve that was released for it is set apart again.
+    """
+    facts = {key: value for key, value in study.facts.items() if key not in {"stopped", "endgame_until"}}
+    facts["patience_from"] = records.next_evaluation(connection, study.name) - 1
+    records.set_study(connection, study.name, phase="search", facts=facts)
     share = study.spec.budget.reserve / study.spec.budget.cap
-    if study.spec.endgame.trains and int(more * share) > 0:
-        Ledger(connection, study.name).set_aside(int(more * share), f"fence{study.fence + 1}")
+    kept = max(int((after.cap - before.cap) * share), 0)
+    if study.phase == "endgame":
+        kept += max(min(before.left, study.facts.get("endgame_until", before.cap) - before.spent), 0)
+    kept = min(kept, after.left - after.reserve)
+    if study.spec.endgame.trains and kept > 0:
+        Ledger(connection, study.name).set_aside(kept, f"fence{study.fence + 1}")
     for trial in records.trials(connection, study.name):
         if trial.source is not None and trial.state in {"live", "waiting"}:
             values = {"state": "paused", "reason": "parked: the search goes on first"}
@@ -163,6 +171,7 @@ def close(store: Store, name: str) -> int:
                 with store.write() as connection:
                     values = {"state": "pruned", "reason": f"the study was closed ({trial.reason})"}
                     records.set_trial(connection, name, trial.number, **values)
+                    telling.drop_state(connection, name, trial)
                 if trial.source is not None:
                     continue  # the sampler never knew of it
                 memory.tell(trial.number, "pruned", None, {"reason": "the study was closed"})

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -62,6 +62,15 @@ class Results:
     def of_search(cls, rows: Iterable[Any], policy: Policy | None = None) -> Results:
         """From evaluations as they are stored, without those of confirmations."""
         return cls(((row.trial, row.rung, row.loss) for row in rows if row.trial < CONFIRMATIONS), policy)
+
+    def of(self, numbers: Container[int]) -> Results:
+        """Those of some trials alone."""
+        each = ((trial, rung, loss) for rung, there in self.losses.items() for trial, loss in there.items())
+        return Results((one for one in each if one[0] in numbers), self._policy)
+
+    def best_so_far(self, trial: int, rung: int) -> bool:
+        """Whether nobody was better at a rung yet; never where a policy decides."""
+        return self._policy is None and self.rank(trial, rung)[0] == 1
 
     def rank(self, trial: int, rung: int) -> tuple[int, int]:
         """The trial's place at a rung, from 1, and how many reached it. Ties go to the lower number."""
@@ -188,17 +197,25 @@ def asked(policy: Policy, trial: int, rung: int, losses: Mapping[int, Mapping[in
 def judge(
     trial: TrialRow, results: Results, *, last: int, eta: int, base_loss: float | None, can_pause: bool
 ) -> Judgement:
-    """Decides about a trial that was just evaluated at its rung; rung `last` is its end."""
+    """Decides about a trial that was just evaluated at its rung; rung `last` is its end.
+
+    One that cannot pause has no second chance: the first ones of a rung go on as long as they are the best there, as in
+    Optuna's pruner of the same kind.
+    """
     loss = trial.loss
     if loss is None or not math.isfinite(loss) or (base_loss is not None and loss > DIVERGED * base_loss):
         shown = "nan" if loss is None else f"{loss:.4g}"
         above = f" above the untrained model's {base_loss:.4g}" if base_loss is not None else ""
         return Judgement("prune", f"diverged: loss {shown}{above} at {trial.tokens:,} tokens", diverged=True)
+    if trial.rung >= last and trial.full_loss is None:
+        return Judgement("prune", "diverged: its loss on all validation rows is not finite at its end", diverged=True)
     if trial.rung >= last:
         return Judgement("complete", "trained to its end")
     place, count = results.rank(trial.number, trial.rung)
     where = f"ranked {place} of {count} at {trial.tokens:,} tokens"
     if results.among_best(trial.number, trial.rung, eta):
+        return Judgement("promote", where)
+    if not can_pause and results.best_so_far(trial.number, trial.rung):
         return Judgement("promote", where)
     if can_pause:
         return Judgement("pause", where)

@@ -211,6 +211,8 @@ class SearchSpec(_Section):
     rungs: Rungs = "auto"  # shares of the longest run at which trials are compared, or a policy
     eta: int = Field(default=2, ge=2)  # one in eta goes on from a rung
     promote: Literal["curves", "halving"] = "curves"  # who goes on: as a model of the curves says, or one in eta
+    # Of LoRA and full training: the same dollars each, or as each next trial promises.
+    balance: Literal["dollars", "promise"] = "dollars"
     warmup: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)

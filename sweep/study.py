@@ -33,7 +33,7 @@ from sqlalchemy.exc import OperationalError
 from sweep import plugins, space
 from sweep.errors import SpecError, StoreUnavailableError
 from sweep.proposals import MODELLED, Guide, Proposal
-from sweep.spec import SearchSpec
+from sweep.spec import Method, SearchSpec
 from sweep.store import Store, begin_immediate
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -41,6 +41,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 NEEDS = {"gp": ("scipy", "torch"), "cmaes": ("cmaes",)}  # packages that Optuna wants for a sampler
 UNGUIDED = 10  # trials drawn at random before a model of them is asked, where no priors choose them: Optuna's number
 Model = Callable[[], dict[str, Any]]  # proposes a whole configuration by Optuna's names
+METHOD = "method"  # the parameter that all others depend on
 SOURCE = "source"  # the trial attribute that says who proposed it
 
 
@@ -145,8 +146,9 @@ class Memory:
         diverged: Container[int],
         infeasible: Container[int] = (),
         model: Model | None = None,
+        method: Method | None = None,
     ) -> tuple[int, dict[str, Any]]:
-        """Asks for the trial number `expected` and returns it with its parameters.
+        """Asks for the trial number `expected` and returns it with its parameters, one of `method` where it is given.
 
         A trial that was asked just before a crash, so that nobody knows it, is adopted. `paused` maps trial numbers to
         their last rung. `infeasible` ones ran out of memory. `model` is who answers where the sampler is `curves`. The
@@ -154,7 +156,7 @@ class Memory:
         alone.
         """
         with _reachable():
-            return self._ask(expected, suggest, paused, diverged, infeasible, model)
+            return self._ask(expected, suggest, paused, diverged, infeasible, model, method)
 
     def _ask(
         self,
@@ -164,9 +166,10 @@ class Memory:
         diverged: Container[int],
         infeasible: Container[int],
         model: Model | None,
+        method: Method | None,
     ) -> tuple[int, dict[str, Any]]:
         self._study.view = lambda trials: shown(trials, paused, diverged, infeasible, self._kind)
-        self._study.sampler = sampler_for(self._kind, self._seed, expected, self._guide, model)
+        self._study.sampler = sampler_for(self._kind, self._seed, expected, self._guide, model, method)
         known = self._study.get_trials(deepcopy=False)
         trial = self._adopt(known[expected]) if len(known) > expected else self._study.ask()
         if trial.number != expected:
@@ -246,14 +249,22 @@ class _CmaEs(CmaEsSampler):
 class PriorSampler(BaseSampler):
     """Asks the guide first and, where that has no configuration of its own, the model of curves or the inner sampler.
 
-    Either may be missing.
+    Either may be missing. With `method` the answer is of that method, whoever gives it.
     """
 
-    def __init__(self, inner: BaseSampler, guide: Guide | None, number: int, model: Model | None = None) -> None:
+    def __init__(
+        self,
+        inner: BaseSampler,
+        guide: Guide | None,
+        number: int,
+        model: Model | None = None,
+        method: Method | None = None,
+    ) -> None:
         self._inner = inner
         self._guide = guide
         self._number = number
         self._model = model
+        self._method = method
         self._proposal: Proposal | None = None
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -264,7 +275,10 @@ class PriorSampler(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """What the inner sampler draws together."""
-        return {} if self._chosen(study, trial) else self._inner.sample_relative(study, trial, search_space)
+        if self._chosen(study, trial):
+            return {}
+        drawn = self._inner.sample_relative(study, trial, search_space)
+        return drawn | {METHOD: self._method} if self._method is not None and METHOD in drawn else drawn
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -273,6 +287,8 @@ class PriorSampler(BaseSampler):
         chosen = self._chosen(study, trial)
         if param_name in chosen:
             return chosen[param_name]
+        if param_name == METHOD and self._method is not None:
+            return self._method
         return self._inner.sample_independent(study, trial, param_name, param_distribution)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
@@ -294,7 +310,8 @@ class PriorSampler(BaseSampler):
         if self._proposal is None:
             self._proposal = Proposal("sampler", None)
             if self._guide is not None:
-                self._proposal = self._guide.propose(self._number, *self._seen(study, self._guide.search))
+                seen = self._seen(study, self._guide.search)
+                self._proposal = self._guide.propose(self._number, *seen, self._method)
             if self._proposal.chosen is None and self._model is not None:
                 self._proposal = Proposal("sampler", self._model())
             study._storage.set_trial_user_attr(trial._trial_id, SOURCE, self._proposal.source)
@@ -325,7 +342,12 @@ def _order(trial: FrozenTrial) -> tuple[bool, int, float, int]:
 
 
 def sampler_for(
-    kind: str, seed: int, number: int, guide: Guide | None = None, model: Model | None = None
+    kind: str,
+    seed: int,
+    number: int,
+    guide: Guide | None = None,
+    model: Model | None = None,
+    method: Method | None = None,
 ) -> BaseSampler:
     """Makes the sampler of one question: `curves`, `tpe`, `gp`, `random`, `cmaes` or the user's own, `module:Class`.
 
@@ -341,8 +363,8 @@ def sampler_for(
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         inner = _made(kind, draw, MODELLED if guide is not None and guide.priors.guided else UNGUIDED)
     if kind == "curves":
-        return PriorSampler(inner, guide, number, model)
-    return inner if guide is None else PriorSampler(inner, guide, number)
+        return PriorSampler(inner, guide, number, model, method)
+    return inner if guide is None and method is None else PriorSampler(inner, guide, number, method=method)
 
 
 def _made(kind: str, draw: int, start: int) -> BaseSampler:

@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 
 from budgets.ledger import Balances
 from budgets.money import cost_micros, usd
+from sweep import records
 from sweep.projection import Projector
 from sweep.records import TrialRow, WorkerRow
 from sweep.rungs import Results, leader, promise, worth_finishing
+
+NOT_STARTED = "not started"
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,19 @@ def affordable(
     return projected_spend(roomy, [*others, trial], projector) <= money.balances.cap
 
 
+def refused(trials: Sequence[TrialRow], newcomer: TrialRow) -> TrialRow:
+    """What a new trial must at least be able to pay: the last of its method that was asked, if that could not be."""
+    mine = (trial for trial in trials if trial.config.method == newcomer.config.method)
+    last = max(mine, key=lambda trial: trial.number, default=None)
+    if last is None or not last.reason.startswith(NOT_STARTED):
+        return newcomer
+    return records.newcomer(replace(last.config, number=newcomer.number))
+
+
 def not_started(money: Funds, trial: TrialRow, projector: Projector) -> str:
     """Says why a trial that was asked is not begun."""
     end, left = usd(money.cost(projector.to_end(trial).mean)), usd(max(money.left_now, 0))
-    return f"not started: its end is forecast at {end}, with {left} left for it and those under way"
+    return f"{NOT_STARTED}: its end is forecast at {end}, with {left} left for it and those under way"
 
 
 def triage(

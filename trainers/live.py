@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainers.engine import Position
-from trainers.messages import TrialConfig
+from trainers.engine import Engine, Position
+from trainers.messages import Admit, Method, TrialConfig
 
 
 @dataclass
@@ -73,3 +74,20 @@ class LiveTrial:
     def place(self) -> dict[str, Any]:
         """Returns the fields that every TrialEvent has."""
         return {"trial": self.number, "attempt": self.attempt, "step": self.at.step, "tokens": self.at.tokens}
+
+
+def refused(
+    command: Admit, engines: Mapping[str, Engine], trials: Mapping[int, LiveTrial], present: Method | None
+) -> str | None:
+    """Why a worker that trains `trials` by the `present` method can't take another one in; None if it can."""
+    method = command.config.method
+    engine = engines.get(method)
+    if engine is None:
+        return f"this worker has no engine for {method} training"
+    if trials and method != present:
+        return f"this worker trains {present} trials; {method} must wait until its slots are free"
+    if len(trials) >= engine.slots:
+        return f"all {engine.slots} slots are taken"
+    if command.resume is not None and not Path(command.resume).is_dir():
+        return f"there is no checkpoint at {command.resume}"
+    return None

@@ -330,6 +330,7 @@ class Paused(TrialEvent):
 
     type: ClassVar[str] = "paused"
     checkpoint: str
+    checkpoint_ms: int = 0  # 0 where it was current
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from trainers import peak, processes
 from trainers.engine import Engine, TrialFailed
 from trainers.inbox import Inbox
 from trainers.judging import Judge
-from trainers.live import LiveTrial
+from trainers.live import LiveTrial, refused
 from trainers.loading import LoadedEngines, RemoveOlder, load
 from trainers.messages import (
     Admit,
@@ -233,38 +233,19 @@ class Worker:
                 case Continue():
                     self._go_on(command)
                 case Pause() if command.trial in self._trials:
-                    trial = self._trials[command.trial]
-                    self._save(trial, lambda *_: None)
-                    self._saver.collect(trial.number, wait=True)
-                    self._release(trial)
-                    self._emit(Paused, **trial.place(), checkpoint=trial.saved)
-                    self._remove_older(trial.folder, _KEEP_CHECKPOINTS)
+                    self._pause(self._trials[command.trial])
                 case Drop() if command.trial in self._trials:
                     trial = self._trials[command.trial]
                     self._release(trial)
-                    if trial.config.method == "full" and not trial.at.done:
-                        self._remove_older(trial.folder, 0)  # 14 bytes a parameter, wanted by nobody
+                    self._clear(trial)
                     self._emit(Dropped, **trial.place())
-
-    def _refusal(self, command: Admit) -> str | None:
-        method = command.config.method
-        engine = self._loaded.engines.get(method)
-        if engine is None:
-            return f"this worker has no engine for {method} training"
-        if self._trials and method != self._method:
-            return f"this worker trains {self._method} trials; {method} must wait until its slots are free"
-        if len(self._trials) >= engine.slots:
-            return f"all {engine.slots} slots are taken"
-        if command.resume is not None and not Path(command.resume).is_dir():
-            return f"there is no checkpoint at {command.resume}"
-        return None
 
     def _admit(self, command: Admit) -> None:
         config = command.config
         if config.number in self._trials:
             return
         nowhere = {"trial": config.number, "attempt": command.attempt, "step": 0, "tokens": 0}
-        if refusal := self._refusal(command):
+        if refusal := refused(command, self._loaded.engines, self._trials, self._method):
             self._emit(Failed, **nowhere, code="error", message=refusal)
             return
         self._saver.collect(config.number, wait=True)  # of its last stay here, which it was dropped from
@@ -302,8 +283,10 @@ class Worker:
         trial = self._trials.get(command.trial)
         if trial is None or trial.at.done:
             return
-        if command.until_tokens is not None and trial.at.tokens >= command.until_tokens:
-            return  # the repetition of a command that was carried out
+        until = command.until_tokens
+        farther = trial.until_tokens is not None and until is not None and until > trial.until_tokens
+        if until is not None and trial.at.tokens >= until and not farther:
+            return  # the repetition of a command that was carried out; farther on, one step passed two rungs
         trial.until_tokens = command.until_tokens
         trial.standing = False
         self._engine().target(trial.number, command.until_tokens)
@@ -410,7 +393,7 @@ class Worker:
                 occupancy=self._occupancy(),
             )
             trial.begin_again()
-            self._remove_older(trial.folder, 1 if trial.at.done else _KEEP_CHECKPOINTS)
+            self._remove_older(trial.folder, _KEEP_CHECKPOINTS)
 
         if keeps:
             self._save(trial, say)
@@ -448,9 +431,24 @@ class Worker:
         self._engine().drop(trial.number)
         del self._trials[trial.number]
 
+    def _pause(self, trial: LiveTrial) -> None:
+        taken_ms: list[int] = []
+        self._save(trial, lambda checkpoint_ms, _: taken_ms.append(checkpoint_ms))
+        self._saver.collect(trial.number, wait=True)
+        self._release(trial)
+        self._emit(Paused, **trial.place(), checkpoint=trial.saved, checkpoint_ms=sum(taken_ms))
+        self._remove_older(trial.folder, _KEEP_CHECKPOINTS)
+
+    def _clear(self, trial: LiveTrial) -> None:
+        """Removes what a full-parameter trial that is over wrote on its way, 14 bytes a parameter."""
+        if trial.config.method == "full":
+            self._remove_older(trial.folder, 1 if trial.at.done else 0)
+
     def _fail(self, trial: LiveTrial, code: FailureCode, message: str) -> None:
         """Reports a trial that left the engine because it can't go on (after a full disk, the whole worker leaves)."""
         del self._trials[trial.number]
+        if code != "disk":
+            self._clear(trial)
         self._emit(Failed, **trial.place(), code=code, message=message)
 
     def _end(self, reason: Literal["stop", "paid_time"]) -> int:

@@ -50,7 +50,7 @@ def test_full_round(make_bench: Callable[..., Bench]) -> None:
     bench.admit(resume=paused.checkpoint, examples=400)
     final = bench.wait_event("evaluated", 3)
     assert final.final and final.tokens == 4000 and final.full_loss is not None and final.train_tokens == 2000
-    assert [Path(final.checkpoint)] == list((bench.root / "trial 0").glob("ckpt-*")), "nobody goes on from another one"
+    assert len(list((bench.root / "trial 0").glob("ckpt-*"))) == 2
     bench.launcher.send(bench.folder, Stop(fence=1, within_ms=5000))
     record = bench.wait_ended()
     assert (record.exit_code, record.why) == (0, "stop")

@@ -7,6 +7,7 @@ import math
 import random
 import statistics
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,11 @@ def trial(number: int, rate: float, rung: int, state: str = "paused", search: Se
 def projector() -> Projector:
     """Forecasts of a machine on which nothing was measured yet."""
     return Projector(PLAN, 10**8, "replay", 4)
+
+
+def fresh(number: int, search: SearchSpec) -> list[TrialRow]:
+    """The cheapest new trial of each method."""
+    return [newcomer(space.typical(method, search, 1000, 0, number)) for method in search.method]
 
 
 def crossing() -> tuple[list[TrialRow], Results]:
@@ -143,12 +149,42 @@ def test_the_same_question_has_the_same_answer(method: list[str]) -> None:
     answers = []
     for _ in range(2):
         allocation = Allocation(search, SHARES, 7)
-        allocation.propose(3, trials[:10], results)  # what was asked before does not matter
-        answers.append([allocation.propose(number, trials, results) for number in (20, 21)])
+        allocation.propose(trials[:10], results, projector(), fresh(3, search))  # what was asked before does not matter
+        answers.append([allocation.propose(trials, results, projector(), fresh(n, search)) for n in (20, 21)])
     assert answers[0] == answers[1] and answers[0][0] != answers[0][1]
     for chosen in answers[0]:
         assert space.chosen(space.config(20, chosen, search, 1000, 0)) == chosen
         assert space.encoded(chosen, search) == chosen
+
+
+def test_who_was_pruned_is_not_thawed() -> None:
+    """Proves that an answer from before somebody else pruned the trial is not remembered against that."""
+    trials, results = crossing()
+    allocation = Allocation(SEARCH, SHARES, 0)
+    chosen = allocation.thaw(trials, results, projector(), [])
+    assert chosen is not None and chosen.number == 7
+    pruned = [replace(t, state="pruned") if t.number == 7 else t for t in trials]
+    other = allocation.thaw(pruned, results, projector(), [])
+    assert other is not None and other.number == 6
+
+
+def test_a_method_is_asked_for_at_its_own_price() -> None:
+    """Proves that where money is not kept even, a method that costs a hundred times as much is hardly proposed."""
+    search = SearchSpec(method=["lora", "full"], balance="promise")
+    draw, trials, asked = random.Random(1), [], []
+    known = projector()
+    for number in range(24):
+        trials.append(replace(newcomer(space.config(number, anything(search, draw), search, 1000, 0)), state="paused"))
+    trials = [replace(t, rung=0, tokens=5_000) for t in trials]
+    for trial in trials:
+        dear = 100 if trial.config.method == "full" else 1
+        row = {"train_tokens": 5_000, "train_ms": 1_000 * dear, "evaluate_tokens": 1_000, "evaluate_ms": 1}
+        row |= {"tokens": 5_000, "checkpoint_ms": 1, "write_ms": 1, "examine_ms": 0, "full_loss": None, "width": 1.0}
+        known.observe_evaluation(trial.config, SimpleNamespace(**row))
+    results = Results([(t.number, 0, 1 + 0.1 * draw.random()) for t in trials])
+    allocation = Allocation(search, SHARES, 7)
+    asked = [allocation.propose(trials, results, known, fresh(n, search))["method"] for n in range(24, 44)]
+    assert asked.count("full") <= 2
 
 
 def test_decisions_after_a_kill_are_those_before_it() -> None:
@@ -165,8 +201,8 @@ def test_decisions_after_a_kill_are_those_before_it() -> None:
         fresh = allocation_of(driven.study, driven.projector.plan.shares)
         ask = feasibility.newcomers(driven.study, trials)
         answers = [a.thaw(trials, results, driven.projector, ask) for a in (driven.allocation, fresh)]
-        proposals = [a.propose(len(trials), trials, results) for a in (driven.allocation, fresh)]
-        assert answers[0] == answers[1] and proposals[0] == proposals[1]
+        proposals = [a.propose(trials, results, driven.projector, ask) for a in (driven.allocation, fresh) if ask]
+        assert answers[0] == answers[1] and proposals[:1] == proposals[1:]
         compared.append(answers[0] is not None)
         return changed
 
@@ -181,7 +217,9 @@ def _until_good(seed: int, first: list[float], *, modelled: bool) -> int:
     trials: list[TrialRow] = []
     losses: list[tuple[int, int, float]] = []
     for number in range(60):
-        chosen = allocation.propose(number, trials, Results(losses)) if modelled else anything(search, draw)
+        chosen = anything(search, draw)
+        if modelled:
+            chosen = allocation.propose(trials, Results(losses), projector(), fresh(number, search))
         if number < len(first):
             chosen = chosen | {"lora_learning_rate": first[number]}
         if surface(chosen) < surfaces.BEST["labels"] * 1.15:

@@ -103,11 +103,21 @@ def test_a_policy_decides_in_the_rehearsal_too() -> None:
 
 
 def test_what_cannot_be_parked_is_pruned() -> None:
-    """Proves that full-parameter trials do not come back: fewer of the same trials go on."""
-    parked, pruned = (
-        rehearse([dataclasses.replace(COSTS, parks=parks)], 200.0, Rules(4, 1, 2)) for parks in (True, False)
-    )
-    assert pruned.started > parked.started
+    """Proves that trials which can't be parked do not come back, so that nothing is read; the best so far go on."""
+    dear = dataclasses.replace(COSTS, restore=3.0)
+    rules = Rules(4, 8, 2)
+    parked, pruned = (rehearse([dataclasses.replace(dear, parks=parks)], 200.0, rules) for parks in (True, False))
+    assert parked.beside > 2 * pruned.beside
+    assert pruned.beside == pytest.approx(0.1 * sum(pruned.arrived)) and pruned.arrived[-1] >= 1
+
+
+def test_the_money_of_methods_is_kept_even() -> None:
+    """Proves that a method which costs ten times as much is tried a tenth as often, and that all money is used."""
+    dear = dataclasses.replace(COSTS, packed=tuple(10 * s for s in STRETCHES), alone=tuple(10 * s for s in STRETCHES))
+    even, equal = (rehearse([COSTS, dear], 2_000.0, Rules(4, 1, 2, even=even)) for even in (True, False))
+    assert even.started > 2.5 * equal.started
+    for found in (even, equal):
+        assert sum(found.spent) + found.beside + found.left == pytest.approx(2_000.0)
 
 
 def test_what_is_put_aside_is_written_then() -> None:
@@ -117,7 +127,7 @@ def test_what_is_put_aside_is_written_then() -> None:
         cheap, costly = (rehearse([costs], 200.0, Rules(4, slots, 2)) for costs in (free, dear))
         assert costly.beside > cheap.beside and costly.started < cheap.started
         assert sum(costly.spent) + costly.beside + costly.left == pytest.approx(200.0)
-        pruned = rehearse([dataclasses.replace(dear, parks=False)], 200.0, Rules(4, slots, 2))
+        pruned = rehearse([dataclasses.replace(dear, parks=False, restore=0.0)], 200.0, Rules(4, slots, 2))
         assert pruned.beside == pytest.approx(0.1 * pruned.arrived[-1])
 
 

@@ -96,7 +96,7 @@ def test_without_recovery_a_wrong_prior_stays_wrong(monkeypatch: pytest.MonkeyPa
 def test_trust_follows_the_evidence() -> None:
     """Proves the weights: a half at first; up where the priors' own are the best, down where others are."""
     led, draw = guide(0), random.Random(3)
-    likely = [led._likely(draw) for _ in range(9)]
+    likely = [led._likely(draw, ("lora",)) for _ in range(9)]
     other = [c for c in (anything(SEARCH, draw) for _ in range(200)) if led.density(c) < 0.05][:9]
     assert led.trust([]) == 0.5
     assert led.trust(likely + other) > 0.9
@@ -111,7 +111,7 @@ def test_trust_follows_the_evidence() -> None:
 def test_prior_draws_look_like_the_prior() -> None:
     """Proves the draws: rates around the likely one for their alpha, all layers mostly, and densities that fit."""
     led, draw = guide(0), random.Random(1)
-    drawn = [led._likely(draw) for _ in range(400)]
+    drawn = [led._likely(draw, ("lora",)) for _ in range(400)]
     off = [math.log(c["lora_learning_rate"] / led.priors.rate(c, EXAMPLES), 3) for c in drawn]
     assert statistics.median(off) == pytest.approx(0, abs=0.25)
     assert sum(c["lora_targets"] == "all-linear" for c in drawn) / 400 == pytest.approx(0.7, abs=0.08)
@@ -123,7 +123,7 @@ def test_prior_draws_look_like_the_prior() -> None:
 def test_a_fixed_share_is_uniform_however_good_the_prior() -> None:
     """Proves that among any thirty trials in a row some are uniform, and that the same question has the same answer."""
     led = guide(5)
-    seen = [led._likely(random.Random(n)) for n in range(30)]
+    seen = [led._likely(random.Random(n), ("lora",)) for n in range(30)]
     sources = [led.propose(number, seen) for number in range(200)]
     assert sources == [guide(5).propose(number, seen) for number in range(200)]
     names = [proposal.source for proposal in sources]

@@ -34,7 +34,7 @@ def trial(number: int, **values: object) -> TrialRow:
 
 def judged(loss: float | None, rung: int, results: Results, **more: object) -> rungs.Judgement:
     """Judges trial 0."""
-    row = trial(0, loss=loss, rung=rung, tokens=1_000)
+    row = trial(0, loss=loss, rung=rung, tokens=1_000, full_loss=more.pop("full_loss", None))
     options = {"last": 2, "eta": 2, "base_loss": 4.0, "can_pause": True} | more
     return rungs.judge(row, results, **options)
 
@@ -46,7 +46,16 @@ def test_half_goes_on_from_a_rung() -> None:
     assert judged(3.0, 0, Results([(0, 0, 3.0), (1, 0, 3.0)])).verdict == "promote"
     assert judged(3.0, 0, Results([(0, 0, 3.0), (1, 0, 2.0)])).verdict == "pause"
     assert judged(3.0, 0, Results([(0, 0, 3.0), (1, 0, 2.0)]), can_pause=False).verdict == "prune"
-    assert judged(3.0, 2, Results([(0, 2, 3.0)])).verdict == "complete"
+    assert judged(3.0, 2, Results([(0, 2, 3.0)]), full_loss=3.0).verdict == "complete"
+
+
+def test_who_cannot_pause_goes_on_while_it_is_the_best() -> None:
+    """Proves that trials which have no second chance are stopped by better ones, and the first one by nobody."""
+    assert judged(3.0, 0, Results([(0, 0, 3.0)]), can_pause=False).verdict == "promote"
+    assert judged(3.0, 1, Results([(0, 1, 3.0)]), can_pause=False).verdict == "promote"
+    assert judged(3.0, 1, Results([(0, 1, 3.0), (1, 1, 2.9)]), can_pause=False).verdict == "prune"
+    policy = rungs.Hyperband((0.1, 0.3), 2)
+    assert judged(3.0, 0, Results([(0, 0, 3.0)], policy), can_pause=False).verdict == "prune", "a policy has its way"
 
 
 def test_divergence_is_named() -> None:
@@ -55,6 +64,8 @@ def test_divergence_is_named() -> None:
         judgement = judged(loss, 0, Results([]))
         assert (judgement.verdict, judgement.diverged) == ("prune", True)
         assert "diverged" in judgement.reason
+    at_end = judged(3.0, 2, Results([(0, 2, 3.0)]), full_loss=None)
+    assert (at_end.verdict, at_end.diverged) == ("prune", True), "finite on the rung rows, not on all"
 
 
 def test_a_paused_trial_is_promoted_when_others_turn_out_worse() -> None:

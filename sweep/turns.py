@@ -1,0 +1,71 @@
+"""Whose turn it is where LoRA and full-parameter training are both searched: each gets the same money, in long turns.
+
+Tried equally often, full training would take nearly all of the money; left to what promises most, the method that
+learns faster would get nearly all of it, and who loses the comparison would have lost it for want of tries. So the
+methods are searched apart, each among its own trials, and the money between them is kept even. Turns are long because a
+worker trains one method at a time: each change lets a pack run empty. All of this follows from the tables alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from budgets.money import affordable_ms
+from sweep.projection import Projector
+from sweep.records import RUNNING, TrialRow
+from sweep.rungs import Results
+from sweep.spec import Method, SearchSpec
+from sweep.triage import Funds
+
+TURNS = 8  # a method may be ahead of the other by the search's money over this
+
+
+def balanced(search: SearchSpec) -> bool:
+    """Whether the methods of a search get the same money each."""
+    return search.balance == "dollars" and len(search.method) > 1
+
+
+def order(
+    search: SearchSpec, trials: Sequence[TrialRow], evaluations: Iterable[Any], projector: Projector, money: Funds
+) -> list[Method]:
+    """The methods, first the one that the next step of the search belongs to; the other where that can do nothing.
+
+    `evaluations` are those of the search as they are stored.
+    """
+    methods = {trial.number: trial.config.method for trial in trials}
+    spent = dict.fromkeys(search.method, 0.0)
+    for row in evaluations:
+        spent[methods[row.trial]] += (row.train_ms + row.evaluate_ms + row.examine_ms) / 1000
+    for trial in trials:
+        if trial.state in RUNNING:
+            spent[trial.config.method] += projector.to_target(trial).mean
+    seconds = affordable_ms(money.micros_per_hour, money.balances.cap - money.balances.reserve) / 1000
+    first = turn(search.method, spent, _present(search, trials), seconds / TURNS)
+    return [first, *(method for method in search.method if method != first)]
+
+
+def turn(methods: Sequence[Method], spent: Mapping[Method, float], present: Method, ahead: float) -> Method:
+    """The present method until it is `ahead` of another one; then the one that has spent least."""
+    least = min(methods, key=lambda method: (spent[method], methods.index(method)))
+    return present if spent[present] < spent[least] + ahead else least
+
+
+def _present(search: SearchSpec, trials: Sequence[TrialRow]) -> Method:
+    """The method of the last trial that was given a turn."""
+    last = max(trials, key=lambda trial: (trial.turn, trial.number), default=None)
+    return search.method[0] if last is None else last.config.method
+
+
+def crowded(search: SearchSpec, trials: Sequence[TrialRow], method: Method | None) -> bool:
+    """Whether enough trials of a method wait or train: of full training, which has one slot, as many as take turns."""
+    running = sum(t.state in RUNNING and t.config.method == "full" for t in trials)
+    return method == "full" and running >= search.live
+
+
+def among(trials: Sequence[TrialRow], results: Results, method: Method | None) -> tuple[list[TrialRow], Results]:
+    """The trials of one method, and their results; of all where `method` is None."""
+    if method is None:
+        return list(trials), results
+    mine = [trial for trial in trials if trial.config.method == method]
+    return mine, results.of({trial.number for trial in mine})
