@@ -8,6 +8,7 @@ costs nothing, where trying costs loading, compiling and whatever the neighbours
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from sweep import space
@@ -48,9 +49,16 @@ def exhausted(trials: Sequence[TrialRow]) -> bool:
 
 
 def newcomers(study: Study, trials: Sequence[TrialRow], method: Method | None = None) -> list[TrialRow]:
-    """The cheapest trial of each method, or of one, as the next one to be asked; none where no more may be asked."""
+    """The cheapest trial of each method, or of one, as the next one to be asked; none where no more may be asked.
+
+    Of a stated number of trials each method has its share where their money is kept even.
+    """
     search, number, examples = study.spec.search, len(trials), study.facts["plan"]["examples"]
     if study.phase != "search" or exhausted(trials) or (search.trials is not None and number >= search.trials):
         return []
+    if method is not None and search.trials is not None:
+        mine = sum(trial.config.method == method for trial in trials)
+        if mine >= math.ceil(search.trials / len(search.method)):
+            return []
     methods = search.method if method is None else [method]
     return [newcomer(space.typical(one, search, examples, study.spec.seed, number)) for one in methods]

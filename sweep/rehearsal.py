@@ -239,7 +239,9 @@ class _Search:
             return [number % len(self._costs)]
         ahead = [sum(self._next(t) for t in self._running if t.method == method) for method in range(len(self._costs))]
         spent = [had + more for had, more in zip(self._of_method, ahead, strict=True)]
-        return sorted(range(len(spent)), key=lambda method: spent[method])
+        share = math.inf if self._rules.trials is None else math.ceil(self._rules.trials / len(spent))
+        open_ones = [m for m in range(len(spent)) if sum(t.method == m for t in self._trials) < share]
+        return sorted(open_ones, key=lambda method: spent[method])
 
     def _finish(self) -> bool:
         """The rest of the money finishes the paused ones that may still win."""

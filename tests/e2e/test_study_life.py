@@ -18,14 +18,14 @@ from budgets.money import cost_micros
 
 def test_a_study_ends_inside_its_cap_with_a_winner(tmp_path: Path) -> None:
     """Proves the main job: trials are asked, promoted, pruned by the projection; every cent is accounted for."""
-    spec = write_spec(tmp_path, cap="$0.05", timings=True, method=["lora", "full"])
+    spec = write_spec(tmp_path, cap="$0.06", timings=True, method=["lora", "full"])
     done = sweep("launch", str(spec), "--yes", cwd=tmp_path)
     assert "Next: sweep best words" in done.stderr
     found = read(tmp_path)
     states = [trial.state for trial in found["trials"]]
     assert len(states) >= 8 and states.count("completed") >= 1
-    assert any("projected $" in trial.reason and "of $0.05" in trial.reason for trial in found["trials"])
-    assert found["held"] == 0 and spent(found["accounts"]) <= 50_000
+    assert any("projected $" in trial.reason and "of $0.06" in trial.reason for trial in found["trials"])
+    assert found["held"] == 0 and spent(found["accounts"]) <= 60_000
     (worker,) = found["workers"]
     assert spent(found["accounts"]) == cost_micros(worker.micros_per_hour, worker.settled_ms)
     assert all(trial.told == (trial.state in {"completed", "pruned", "failed"}) for trial in found["trials"])
