@@ -4,7 +4,7 @@
                  champion   ●───────────────────●  its end
                             └ progress from here on differs between trials: the largest difference seen is `recovery`
 
-The first rung lies within the first twentieth of a run, so that is where the hopeless end. A paused trial costs nothing
+The first rung lies within the first tenth of a run, so that is where the hopeless end. A paused trial costs nothing
 more, but it may be promoted where better ones are few; one that is dominated is not. Nothing is taken for granted about
 curves: what trials of this study did between the rung and their ends is the whole evidence, and three times of it are
 allowed for, because those that came to their ends were chosen.

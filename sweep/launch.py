@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,22 @@ def refuse_nothing(planned: Outline) -> None:
         f"forecast at {usd(planned.phase('overhead').cost)}, a run at {usd(run)}",
         "raise budget.cap, lower budget.reserve, or shorten search.epochs; --anyway launches it all the same",
     )
+
+
+EIGHT_BIT = ("bitsandbytes", "torchao")  # either of them has AdamW with 8-bit moments
+
+
+def refuse_optimizer(spec: Spec) -> None:
+    """Raises UnusableError where full training wants 8-bit moments and no library for them is installed.
+
+    A worker would find out too, but it is paid for.
+    """
+    wanted = "full" in spec.search.method and spec.full.optimizer == "adamw-8bit"
+    if wanted and not spec.model.startswith("replay:") and not any(map(find_spec, EIGHT_BIT)):
+        raise UnusableError(
+            "full.optimizer adamw-8bit: neither bitsandbytes nor torchao is installed",
+            "pip install bitsandbytes, or write full: {optimizer: adamw}",
+        )
 
 
 def exists(name: str) -> UsageError:

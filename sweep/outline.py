@@ -1,8 +1,9 @@
 """The plan: what a cap buys, before a cent is spent.
 
 One model for `sweep plan` and for the question that `sweep launch` asks: a pure function of the resolved spec, of what
-was seen of model, data and machine, and of forecasts, be they priors or taught by a probe. The search is rehearsed by
-the loop's rules (`sweep/rehearsal.py`), the race is asked whom it would let in (`sweep/endgame.py`).
+was seen of model, data and machine, and of forecasts, be they priors or taught by a probe. The search is rehearsed
+(`sweep/rehearsal.py`; by ranks, also where the model of curves decides, then as one in four), the race is asked whom it
+would let in (`sweep/endgame.py`).
 
     cap = search + confirmation + finale + overhead + left      to the micro-dollar, by cost centre as in the statement
 """

@@ -69,7 +69,9 @@ def settle(spec: Spec, facts: dict[str, Any], quote: Quote) -> tuple[Spec, dict[
         shares = derived.shares
         update = {"eta": derived.eta} | ({"rungs": derived.shares} if search.rungs in rungs.DERIVED else {})
         where = ", ".join(f"{100 * share:.3g}" for share in shares)
-        compared = f"at {where} % of a run, one in {derived.eta} goes on" if shares else "at the end alone"
+        decides = search.promote == "curves" and search.rungs in rungs.DERIVED
+        who = "the model of the curves says who goes on" if decides else f"one in {derived.eta} goes on"
+        compared = f"at {where} % of a run, {who}" if shares else "at the end alone"
         notes.append(f"{search.rungs}: compared {compared}; about {derived.trials} trials by the forecast")
         search = search.model_copy(update=update)
     else:

@@ -1,4 +1,4 @@
-"""A search rehearsed on paper: how far its money brings how many trials, by the loop's rules, with losses made up.
+"""A search rehearsed on paper: how far its money brings how many trials, by the rules of halving, with losses made up.
 
 Who pauses, who is promoted, who is asked for and who is pruned for want of money is decided as in `rungs` and `triage`,
 on what stretches are forecast to take; only who is better than whom is drawn by chance. Nothing is read or written, and

@@ -1,9 +1,10 @@
 """Who pauses, who is promoted, who stops: asynchronous successive halving with true promotion.
 
-At a rung the best one in `eta` of all that ever reached it goes on; the others pause with their checkpoint and may be
-promoted later, when more have come and they stand among the best (Li et al., "A System for Massively Parallel
-Hyperparameter Tuning", 2020; Optuna's pruners can only stop). Shares and eta were chosen on 352 recorded curves:
-halving at 5, 10, 20 and 40 % with half kept found the very best run of both tasks for 16.3 % of the cost.
+So it is with `promote: halving`; by default `sweep/allocation.py` has the last word where a trial can pause. At a rung
+the best one in `eta` of all that ever reached it goes on; the others pause with their checkpoint and may be promoted
+later, when more have come and they stand among the best (Li et al., "A System for Massively Parallel Hyperparameter
+Tuning", 2020; Optuna's pruners can only stop). Shares and eta were chosen on 352 recorded curves: halving at 5, 10, 20
+and 40 % with half kept found the very best run of both tasks for 16.3 % of the cost.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """When a search has found enough: by patience, or because nothing more is worth its price (`stop`, off by default).
 
-A search that has enough asks for nobody new and promotes nobody; who trains comes to a decision. Then the endgame has
+A search that has enough asks for nobody new and wakes nobody; who trains comes to a decision. Then the endgame has
 its reserve and no more: the rest of the cap is not spent. Everything here follows from the tables, so a killed study
 decides the same again, and one that improves after all goes on.
 

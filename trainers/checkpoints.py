@@ -3,6 +3,8 @@
     checkpoint folder
       adapter_model.safetensors, adapter_config.json    (LoRA) or a transformers model folder (full)
       optimizer.safetensors    AdamW's moments, `<parameter>.exp_avg` and `<parameter>.exp_avg_sq`
+      masters.safetensors      fp32 masters, of full training in bf16
+                               (neither is there of a full-parameter trial at its end)
       state.json               configuration, step, tokens, versions; what marks a folder as a checkpoint
 
 Order of rows, schedule and dropout follow from configuration and step, so no random state is stored.

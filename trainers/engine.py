@@ -97,6 +97,8 @@ class Engine(Protocol):
     def checkpoint(self, trial: int, folder: Path) -> None:
         """Writes the trial whole into the new folder: standard PEFT or transformers files, optimizer and position.
 
+        Of a full-parameter trial at its end the model and the position alone.
+
         Written under a temporary name, fsynced, renamed. Raises OSError; then nothing is left of it.
         """
 

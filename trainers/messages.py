@@ -293,8 +293,8 @@ class Checkpointed(TrialEvent):
 class Evaluated(TrialEvent):
     """The trial reached its target, was evaluated, and stands still until it is told what next.
 
-    `checkpoint` holds it whole; None where its state is only written if it is put aside, so at no rung of a
-    full-parameter trial but the last.
+    `checkpoint` holds it whole, of a full-parameter trial at its end the model alone; None at the other rungs of such a
+    trial, whose state is only written if it is put aside.
 
     `loss` is over the rung rows; `full_loss` over all validation rows, only where the run is complete (`final`). Where
     the metric is accuracy both are cross-entropies normalised over the choices. `metric` is over all validation rows,

@@ -10,7 +10,7 @@ TOPICS = {
   1  failed: a worker died again and again, or something unforeseen
   2  usage or spec: a flag, an answer or a key is wrong
   3  the cap ended before a trial was trained to its end, or cannot pay for a start
-  4  no such study, trial or database
+  4  no such study, trial, database or listed machine; or nothing there yet to show or to compare
   5  an invariant of the ledger does not hold, or an overrun froze the study
   6  the database is busy or unreachable, or another orchestrator drives the study
   7  the model or the data cannot be used; nothing was spent

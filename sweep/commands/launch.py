@@ -65,6 +65,7 @@ def command(
         planned = drawn(wanted, facts, price)
         wanted, facts = settle(wanted, facts, price)
         show_plan(Console(stderr=True), planned.as_json(), price.note, facts, wanted.machine.stop_command)
+        launch.refuse_optimizer(wanted)
         if not anyway:
             launch.refuse_nothing(planned)
         if not yes and not click.confirm("Launch?", err=True):

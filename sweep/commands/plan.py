@@ -25,8 +25,8 @@ def command(
     """What the cap buys, before a cent is spent.
 
     Trials per rung, dollars per phase, hours, peak memory, what half or twice the cap would change. Forecasts are
-    priors unless --probe measures; where this machine has no GPU, they are for the one that the spec names. Nothing is
-    kept.
+    priors, or an earlier study's measured speed, unless --probe measures; where this machine lacks the GPU that the
+    spec names, they are for that one. Nothing is kept.
     """
     from rich.console import Console
 

@@ -163,7 +163,9 @@ def _confirmed(row: Mapping[str, Any]) -> str:
 def _sources(drawn: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
     """What the figures rest on."""
     *_, check = seen(facts)
-    if drawn["probe_seconds"] is None:
+    if drawn["probe_seconds"] is None and facts.get("flops"):
+        lines = ["from priors, and the speed that an earlier study measured on such a machine"]
+    elif drawn["probe_seconds"] is None:
         lines = ["from priors: nothing was measured, so the machine may be several times faster or slower"]
     else:
         lines = [f"from a probe of {duration(drawn['probe_seconds'])} on this machine; it is not paid for"]

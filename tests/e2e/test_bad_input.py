@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from studies import sweep, write_spec
+
+from sweep.launch import EIGHT_BIT
 
 ROWS = "".join(json.dumps({"prompt": f"word {n}: ", "completion": f"meaning {n}"}) + "\n" for n in range(40))
 
@@ -64,6 +67,19 @@ def test_other_refusals(tmp_path: Path) -> None:
         "launch", str(spec), "--yes", "--anyway", "--study", "poor", "--cap", "$0.0001", cwd=tmp_path, check=3
     )
     assert "no trial was trained to its end" in anyway.stderr and "Traceback" not in anyway.stderr
+
+
+def test_eight_bit_moments_without_a_library(tmp_path: Path) -> None:
+    """Proves that what a paid worker would stumble over is refused before."""
+    if any(map(find_spec, EIGHT_BIT)):
+        pytest.skip("a library is installed")
+    spec = write_spec(tmp_path, cap="$1")
+    (tmp_path / "good.jsonl").write_text(ROWS)
+    model = Path(__file__).parents[2] / "models" / "smollm2-135m"
+    flags = [f"--set=model={model}", "--set=data.train=good.jsonl", "--set=search.method=[lora, full]"]
+    done = sweep("launch", str(spec), "--yes", *flags, "--set=full.optimizer=adamw-8bit", cwd=tmp_path, check=7)
+    assert done.stderr.strip().splitlines()[-1].startswith("sweep: full.optimizer adamw-8bit: neither bitsandbytes")
+    assert "pip install" in done.stderr
 
 
 def test_a_tampered_ledger_is_refused(tmp_path: Path) -> None:
