@@ -34,14 +34,20 @@ def test_every_command_in_the_readme_exists() -> None:
 
 
 def test_every_file_that_the_documents_name_exists() -> None:
-    """Proves that links and paths in the documents lead somewhere."""
+    """Proves that links, to a heading too, and paths in the documents lead somewhere."""
     for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("[!c]*.md")), ROOT / "CONTRIBUTING.md"):
         text = document.read_text()
         named = set(re.findall(r"`((?:sweep|trainers|budgets|docs|examples)/[\w./-]+)`", text))
         for path in named:
             assert (ROOT / path).exists(), f"{document.name} names {path}"
-        for link in re.findall(r"\]\(([^)h#][^)]*)\)", text):
-            assert (document.parent / link).exists(), f"{document.name} links to {link}"
+        for link in re.findall(r"\]\(([^)h][^)]*)\)", text):
+            path, _, heading = link.partition("#")
+            target = document.parent / path if path else document
+            assert target.exists(), f"{document.name} links to {link}"
+            if heading:
+                headings = re.findall(r"^#+ (.+)", target.read_text(), flags=re.MULTILINE)
+                anchors = {re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in headings}
+                assert heading in anchors, f"{document.name} links to {link}"
 
 
 def test_every_test_that_the_faults_name_exists() -> None:
