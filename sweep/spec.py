@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -30,6 +31,7 @@ from pydantic_core import ErrorDetails
 from budgets.money import MICROS, MoneyError, Rate, parse_rate, parse_usd
 from sweep.errors import SpecError
 
+T = typing.TypeVar("T")
 Method = Literal["lora", "full"]
 Targets = Literal["attention", "mlp", "all-linear"]
 MAX_SLOTS = 64
@@ -44,6 +46,13 @@ def _exact(micros: int) -> str:
 
 def _listed(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
+
+
+def _once_each(values: tuple[T, ...]) -> tuple[T, ...]:
+    twice = next((value for place, value in enumerate(values) if value in values[:place]), None)
+    if twice is not None:
+        raise ValueError(f"{twice} stands there twice")
+    return values
 
 
 def _rate(value: Any) -> Rate:
@@ -99,8 +108,7 @@ def _metric(value: Any) -> Any:
 
 Usd = Annotated[int, BeforeValidator(parse_usd), Field(gt=0), PlainSerializer(_exact)]
 MachinePrice = Annotated[Rate, BeforeValidator(_rate), PlainSerializer(str)]
-T = typing.TypeVar("T")
-Choices = Annotated[tuple[T, ...], BeforeValidator(_listed), Field(min_length=1)]
+Choices = Annotated[tuple[T, ...], BeforeValidator(_listed), Field(min_length=1), AfterValidator(_once_each)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Slots = Annotated[int | Literal["auto"], BeforeValidator(_slots)]
 Rungs = Annotated[tuple[Share, ...] | str, BeforeValidator(_rungs)]
@@ -134,7 +142,7 @@ class MachineSpec(_Section):
     quantum_seconds: int | None = Field(default=None, ge=1)  # what is billed is a multiple; None: as listed, else exact
     billed_from: Literal["launch", "boot"] = "launch"
     stop_command: str | None = None
-    device: str = "auto"
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     threads: int | None = Field(default=None, ge=1)  # CPU threads of the worker
     slots: Slots = "auto"  # LoRA trials that train at once on one worker; auto: 1 on a CPU, what a probe finds on a GPU
     timings: str | None = None  # a file of seconds a token that replaces the clock: rehearsals and tests
@@ -203,13 +211,14 @@ class SearchSpec(_Section):
     rank: Choices[Annotated[int, Field(ge=1, le=1024)]] = (4, 8, 16, 32, 64)
     alpha: Choices[Annotated[float, Field(gt=0)]] = (8, 16, 32, 64, 128)
     targets: Choices[Targets] = ("attention", "mlp", "all-linear")
+    # LoRA's; full training's is a tenth of it, also where nothing else is searched.
     learning_rate: RangeSpec | Choices[Annotated[float, Field(gt=0)]] = RangeSpec(low=1e-5, high=5e-3)
     batch_size: Choices[Annotated[int, Field(ge=1)]] = (4, 8, 16)
     epochs: float = Field(default=1.0, gt=0)  # the longest run; a part of an epoch is fine
     trials: int | None = Field(default=None, ge=1)  # at most this many; None: what the cap pays for
-    live: int = Field(default=4, ge=1)  # trials that take turns; never fewer than the worker has slots
+    live: int = Field(default=4, ge=1)  # trials that take turns; in a pack a quarter more than there are slots
     rungs: Rungs = "auto"  # shares of the longest run at which trials are compared, or a policy
-    eta: int = Field(default=2, ge=2)  # one in eta goes on from a rung
+    eta: int = Field(default=2, ge=2)  # one in eta goes on from a rung, with promote: halving
     promote: Literal["curves", "halving"] = "curves"  # who goes on: as a model of the curves says, or one in eta
     # Of LoRA and full training: the same dollars each, or as each next trial promises.
     balance: Literal["dollars", "promise"] = "dollars"
@@ -288,7 +297,7 @@ class ObjectiveSpec(_Section):
 class FullSpec(_Section):
     """How full-parameter trials are trained; it changes what they cost and need, hardly what they learn."""
 
-    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"  # 8-bit: a quarter of the state's memory, needs bitsandbytes
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"  # 8-bit: a quarter of the moments, by bitsandbytes or torchao
     checkpointing: bool | Literal["auto"] = "auto"  # of activations: auto where it would not fit without
     processes: int = Field(default=1, ge=1)  # GPUs that share one trial
 
@@ -301,6 +310,14 @@ class EndgameSpec(_Section):
     ranks: bool = False  # the best configuration of each LoRA rank enters too
     finale: bool = True  # choose what is handed over; with finale_length, train the winner in full before
     finale_length: float | None = Field(default=None, gt=0)  # epochs; None: search.epochs, which it has had already
+
+    @model_validator(mode="after")
+    def _confirming(self) -> EndgameSpec:
+        if self.seeds == 1:
+            raise ValueError("seeds: 1 confirms nothing, since luck shows under two at least; write 2 or more, or 0")
+        if self.finale_length is not None and not self.finale:
+            raise ValueError("finale_length is the length of a finale, which finale: false does without")
+        return self
 
     @property
     def trains(self) -> bool:
