@@ -181,7 +181,7 @@ def died(point: int, when: str, spec: Path) -> bool:
     return done.returncode != 0
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.stress)])
 def test_killed_at_commits_the_race_goes_on(tmp_path: Path, undisturbed: dict[str, Any], when: str) -> None:
     """Proves that decisions follow from the tables: killed at commits all over the race, the outcome is the same.
 

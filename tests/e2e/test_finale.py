@@ -112,7 +112,7 @@ def test_its_money_is_kept_from_the_race_and_what_is_missing_is_said_before_and_
     assert any("no finale was trained: it is forecast at" in text for text in found["log"])
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.stress)])
 def test_killed_at_commits_the_finale_goes_on(
     tmp_path: Path, undisturbed: tuple[Path, dict[str, Any]], when: str
 ) -> None:
