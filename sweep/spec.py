@@ -315,8 +315,6 @@ class EndgameSpec(_Section):
     def _confirming(self) -> EndgameSpec:
         if self.seeds == 1:
             raise ValueError("seeds: 1 confirms nothing, since luck shows under two at least; write 2 or more, or 0")
-        if self.finale_length is not None and not self.finale:
-            raise ValueError("finale_length is the length of a finale, which finale: false does without")
         return self
 
     @property
