@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from sweep import space
 from sweep.errors import SpecError
-from sweep.spec import Method, RangeSpec, SearchSpec, Targets, explain, lines_of
+from sweep.explain import explain, lines_of
+from sweep.spec import Method, RangeSpec, SearchSpec, Targets
 
 CLOSE = 1e-9  # relative; rates that are written differently are the same
 

@@ -5,7 +5,6 @@ What a user leaves out has a default here and nowhere else; the resolved copy is
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import typing
@@ -26,10 +25,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
 from budgets.money import MICROS, MoneyError, Rate, parse_rate, parse_usd
 from sweep.errors import SpecError
+from sweep.explain import explain, lines_of
 
 T = typing.TypeVar("T")
 Method = Literal["lora", "full"]
@@ -45,7 +44,10 @@ def _exact(micros: int) -> str:
 
 
 def _listed(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else [value]
+    values = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(one, bool) for one in values):  # which Python takes for 1 and 0
+        raise ValueError("true and false are no choices")
+    return values
 
 
 def _once_each(values: tuple[T, ...]) -> tuple[T, ...]:
@@ -99,6 +101,8 @@ def _stop(value: Any) -> Any:
     # YAML's `off` is false.
     if value in ("off", False, None):
         return {}
+    if isinstance(value, str) and value != "patience":
+        raise ValueError("is `off`, `patience`, or a section with patience and utility")
     return {value: {}} if isinstance(value, str) else value
 
 
@@ -106,10 +110,36 @@ def _metric(value: Any) -> Any:
     return {"metric": value} if isinstance(value, str) else value
 
 
+def _known_metric(value: str) -> str:
+    if value not in ("validation_loss", "exact_match", "accuracy") and not re.fullmatch(CLASS, value):
+        raise ValueError("is validation_loss, exact_match, accuracy or module:function, a metric of your own")
+    return value
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise ValueError("is auto, cpu, cuda or cuda:N, the GPU with that number")
+    return value
+
+
+def _share_or_file(value: Any) -> Any:
+    # A union would complain about each of its members; and YAML takes 1e-1 for text.
+    share = None if isinstance(value, bool) else value
+    if isinstance(value, str):
+        try:
+            share = float(value)
+        except ValueError:
+            return value
+    if not isinstance(share, int | float) or not 0 < share < 1:
+        raise ValueError("is a share of the training rows, over 0 and under 1, or a file or data set")
+    return share
+
+
 Usd = Annotated[int, BeforeValidator(parse_usd), Field(gt=0), PlainSerializer(_exact)]
 MachinePrice = Annotated[Rate, BeforeValidator(_rate), PlainSerializer(str)]
 Choices = Annotated[tuple[T, ...], BeforeValidator(_listed), Field(min_length=1), AfterValidator(_once_each)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Part = Annotated[Share | str, BeforeValidator(_share_or_file)]
 Slots = Annotated[int | Literal["auto"], BeforeValidator(_slots)]
 Rungs = Annotated[tuple[Share, ...] | str, BeforeValidator(_rungs)]
 
@@ -122,8 +152,8 @@ class DataSpec(_Section):
     """Rows of prompt/completion, messages or text: JSONL, CSV, Parquet, or a hub data set."""
 
     train: str
-    validation: Share | str = 0.1  # a share of train, or a file: chooses
-    test: Share | str = 0.1  # a share of train, or a file: read by the endgame alone
+    validation: Part = 0.1  # a share of train, or a file: chooses
+    test: Part = 0.1  # a share of train, or a file: read by the endgame alone
     max_tokens: int = Field(default=1024, ge=8)
     retention: str | None = None  # a file of general text or tasks: how much of it training unlearns
 
@@ -142,7 +172,7 @@ class MachineSpec(_Section):
     quantum_seconds: int | None = Field(default=None, ge=1)  # what is billed is a multiple; None: as listed, else exact
     billed_from: Literal["launch", "boot"] = "launch"
     stop_command: str | None = None
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     threads: int | None = Field(default=None, ge=1)  # CPU threads of the worker
     slots: Slots = "auto"  # LoRA trials that train at once on one worker; auto: 1 on a CPU, what a probe finds on a GPU
     timings: str | None = None  # a file of seconds a token that replaces the clock: rehearsals and tests
@@ -281,9 +311,7 @@ def _between(value: float, allowed: RangeSpec) -> bool:
 class ObjectiveSpec(_Section):
     """What chooses among trials that came to their end. Rungs judge by loss, over the choices where there are some."""
 
-    metric: Annotated[str, Field(pattern=r"^(validation_loss|exact_match|accuracy|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")] = (
-        "validation_loss"  # or exact_match, accuracy, or module:function of your own
-    )
+    metric: Annotated[str, AfterValidator(_known_metric)] = "validation_loss"
     choices: Annotated[tuple[str, ...], Field(min_length=2)] | None = None  # of accuracy; None: those of the train rows
     max_new_tokens: int = Field(default=64, ge=1, le=4096)  # that are generated for a metric on text
 
@@ -414,7 +442,7 @@ def validate(values: dict[str, Any], where: str, lines: dict[tuple[str, ...], in
     try:
         return Spec.model_validate(values)
     except ValidationError as error:
-        raise SpecError(*explain(error.errors()[0], where, lines or {})) from error
+        raise SpecError(*explain(error.errors()[0], where, lines or {}, Spec)) from error
     except MoneyError as error:
         raise SpecError(f"{where}: {error}") from error
 
@@ -434,58 +462,3 @@ def _set(values: dict[str, Any], override: str) -> None:
         if not isinstance(section, dict):
             raise SpecError(f"--set {override!r}: {parent} is not a section")
     section[last] = value
-
-
-def lines_of(node: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
-    """Returns the line of every key of a composed YAML document, by its path."""
-    found: dict[tuple[str, ...], int] = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            here = (*path, str(key.value))
-            found[here] = key.start_mark.line + 1
-            found |= lines_of(value, here)
-    return found
-
-
-def explain(
-    error: ErrorDetails, where: str, lines: dict[tuple[str, ...], int], root: type[BaseModel] | None = None
-) -> tuple[str, str]:
-    """Returns a validation error of the `root` model (Spec) as one line, and what to do about it."""
-    root = root or Spec
-    path = tuple(
-        str(part)
-        for part in error["loc"]
-        if not str(part).startswith(("function-", "tuple", "Range", "constrained-", "str"))
-    )
-    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
-    place = f"{where}, line {line}" if line else where
-    name = ".".join(path)
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], _known(path[:-1], root), n=1, cutoff=0.4)
-        known = ", ".join(_known(path[:-1], root))
-        return f"{place}: unknown key {name}" + (f"; did you mean {near[0]}?" if near else ""), f"known here: {known}"
-    if error["type"] == "missing":
-        return f"{place}: {name} is missing", "everything has a default but model, data, machine and budget.cap"
-    message = error["msg"].removeprefix("Value error, ")
-    given = error["input"]
-    shown = f" (given: {given!r})" if isinstance(given, str | int | float | list) else ""
-    return f"{place}: {name or 'spec'}: {message[0].lower()}{message[1:]}{shown}", ""
-
-
-def _known(path: tuple[str, ...], root: type[BaseModel]) -> list[str]:
-    model: Any = root
-    for part in path:
-        if part.isdigit():
-            continue  # a place in a list
-        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
-        model = _model_in(annotation)
-        if model is None:
-            return []
-    return list(model.model_fields)
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The first model that an annotation such as `tuple[Model, ...] | None` speaks of."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in typing.get_args(annotation) if (found := _model_in(part))), None)

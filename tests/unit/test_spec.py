@@ -47,6 +47,22 @@ def test_overrides_win(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("stop.utility={}", "one percent is worth"),
+        ("search.learning_rate={low: 1.0e-4}", "a range has low and high"),
+        ("endgame=null", "seeds, configurations, ranks"),
+        ("budget={}", "everything has a default but"),
+    ],
+)
+def test_what_is_missing_is_said_with_what_would_do(path: Path, override: str, hint: str) -> None:
+    """Proves that the remedy is the part's own."""
+    with pytest.raises(SpecError) as caught:
+        load(path, [override])
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("search.rnk=3", r"line 8: unknown key search\.rnk; did you mean rank\?"),
@@ -56,7 +72,17 @@ def test_overrides_win(path: Path) -> None:
         ("search.targets=[atention]", r"search\.targets\.0: input should be 'attention', 'mlp' or 'all-linear'"),
         ("search.learning_rate={low: 1, high: 0.1}", r"search\.learning_rate: low 1 is over high 0\.1"),
         ("machine.price=null", r"line 4: machine: needs `gpu`"),
-        ("data.validation=1.5", r"data\.validation: input should be less than 1"),
+        ("data.validation=1.5", r"data\.validation: is a share of the training rows"),
+        ("data.test=null", r"data\.test: is a share of the training rows, over 0 and under 1, or a file"),
+        ("stop=nonsense", r"stop: is `off`, `patience`, or a section"),
+        ("stop.utility={}", r"stop\.utility\.dollars_per_percent is missing"),
+        ("search.learning_rate={low: 1.0e-4}", r"learning_rate\.high is missing"),
+        ("objective=f1", r"objective\.metric: is validation_loss, exact_match, accuracy or module:function"),
+        ("endgame=null", r"endgame is no section"),
+        ("endgame.seeds=1", r"seeds: 1 confirms nothing"),
+        ("search.method=[lora, lora]", r"lora stands there twice"),
+        ("search.rank=true", r"true and false are no choices"),
+        ("machine.device=gpu", r"device: is auto, cpu, cuda or cuda:N"),
         ("search.rungs=[0.2, 0.1]", r"rungs must rise"),
         ("search.rungs=halvng", r"line 8: search\.rungs: is a list of shares .*`hyperband`.* \(given: 'halvng'\)"),
         ("search.sampler=tpee", r"line 8: search\.sampler: is `curves`, `tpe`, .* or module:Class.* \(given: 'tpee'\)"),
