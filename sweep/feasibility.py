@@ -54,11 +54,11 @@ def newcomers(study: Study, trials: Sequence[TrialRow], method: Method | None = 
     Of a stated number of trials each method has its share where their money is kept even.
     """
     search, number, examples = study.spec.search, len(trials), study.facts["plan"]["examples"]
-    if study.phase != "search" or exhausted(trials) or (search.trials is not None and number >= search.trials):
+    if study.phase != "search" or (search.trials is not None and number >= search.trials):
         return []
-    if method is not None and search.trials is not None:
-        mine = sum(trial.config.method == method for trial in trials)
-        if mine >= math.ceil(search.trials / len(search.method)):
-            return []
+    mine = [trial for trial in trials if method in (None, trial.config.method)]
+    share = math.inf if search.trials is None else math.ceil(search.trials / len(search.method))
+    if exhausted(mine) or (method is not None and len(mine) >= share):
+        return []
     methods = search.method if method is None else [method]
     return [newcomer(space.typical(one, search, examples, study.spec.seed, number)) for one in methods]

@@ -313,9 +313,10 @@ class Sweep:
         order: list[Method | None] = [None]
         if turns.balanced(search):
             money = self._funds(trials, results)
-            order = [*turns.order(search, trials, self._now().evaluations, self.projector, money)]
+            order = [*turns.order(search, trials, self._now().evaluations, self.projector, money), None]
             if turns.crowded(search, trials, order[0]):
                 return False
+            order = [method for method in order if not turns.crowded(search, trials, method)]
         return any(self._more(trials, results, method) for method in order) or self._finish(trials, results)
 
     def _more(self, trials: list[TrialRow], results: Results, method: Method | None) -> bool:

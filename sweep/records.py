@@ -140,7 +140,7 @@ def study(connection: Connection, name: str) -> Study:
     values = dict(row)
     # A study from before there were confirmations has none, and one from before the model of curves goes on by rank.
     stored = {"endgame": {"seeds": 0}} | json.loads(values["spec"])
-    stored["search"] = {"promote": "halving"} | stored.get("search", {})
+    stored["search"] = {"promote": "halving", "balance": "promise"} | stored.get("search", {})
     values["spec"] = Spec.model_validate(stored)
     values["facts"] = json.loads(values["facts"])
     values["tariff"] = _tariff(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -171,7 +172,9 @@ def close(store: Store, name: str) -> int:
                 with store.write() as connection:
                     values = {"state": "pruned", "reason": f"the study was closed ({trial.reason})"}
                     records.set_trial(connection, name, trial.number, **values)
-                    telling.drop_state(connection, name, trial)
+                    unwanted = telling.forget_state(connection, name, trial)
+                if unwanted is not None:
+                    shutil.rmtree(unwanted, ignore_errors=True)
                 if trial.source is not None:
                     continue  # the sampler never knew of it
                 memory.tell(trial.number, "pruned", None, {"reason": "the study was closed"})

@@ -35,6 +35,7 @@ Method = Literal["lora", "full"]
 Targets = Literal["attention", "mlp", "all-linear"]
 MAX_SLOTS = 64
 PATIENCE = 20  # trials, where patience is asked for without any limit
+NEW = {"new": True}  # the context of a spec that was just read: what is stored was launched under the rules of its time
 RESERVE_SHARE = 0.25  # of the cap, for the endgame, unless budget.reserve says otherwise
 CLASS = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"  # a user's own class: module:Class
 
@@ -43,15 +44,15 @@ def _exact(micros: int) -> str:
     return f"${(Decimal(micros) / MICROS).normalize():f}"
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: Any, info: ValidationInfo) -> Any:
     values = value if isinstance(value, list | tuple) else [value]
-    if any(isinstance(one, bool) for one in values):  # which Python takes for 1 and 0
+    if info.context and any(isinstance(one, bool) for one in values):  # which Python takes for 1 and 0
         raise ValueError("true and false are no choices")
     return values
 
 
-def _once_each(values: tuple[T, ...]) -> tuple[T, ...]:
-    twice = next((value for place, value in enumerate(values) if value in values[:place]), None)
+def _once_each(values: tuple[T, ...], info: ValidationInfo) -> tuple[T, ...]:
+    twice = info.context and next((value for place, value in enumerate(values) if value in values[:place]), None)
     if twice is not None:
         raise ValueError(f"{twice} stands there twice")
     return values
@@ -116,8 +117,8 @@ def _known_metric(value: str) -> str:
     return value
 
 
-def _device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+def _device(value: str, info: ValidationInfo) -> str:
+    if info.context and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         raise ValueError("is auto, cpu, cuda or cuda:N, the GPU with that number")
     return value
 
@@ -340,8 +341,8 @@ class EndgameSpec(_Section):
     finale_length: float | None = Field(default=None, gt=0)  # epochs; None: search.epochs, which it has had already
 
     @model_validator(mode="after")
-    def _confirming(self) -> EndgameSpec:
-        if self.seeds == 1:
+    def _confirming(self, info: ValidationInfo) -> EndgameSpec:
+        if info.context and self.seeds == 1:
             raise ValueError("seeds: 1 confirms nothing, since luck shows under two at least; write 2 or more, or 0")
         return self
 
@@ -440,7 +441,7 @@ def load(path: Path, overrides: typing.Sequence[str] = (), study: str | None = N
 def validate(values: dict[str, Any], where: str, lines: dict[tuple[str, ...], int] | None = None) -> Spec:
     """Checks plain values. Raises SpecError with the first thing that is wrong."""
     try:
-        return Spec.model_validate(values)
+        return Spec.model_validate(values, context=NEW)
     except ValidationError as error:
         raise SpecError(*explain(error.errors()[0], where, lines or {}, Spec)) from error
     except MoneyError as error:

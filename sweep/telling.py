@@ -41,11 +41,15 @@ def tell_ended(store: Store, name: str, memory: Memory, trials: Sequence[TrialRo
             records.set_trial(connection, name, trial.number, told=1)
 
 
-def drop_state(connection: Connection, name: str, trial: TrialRow) -> None:
-    """Removes what a full-parameter trial without a slot wrote, 14 bytes a parameter, when nobody goes on from it."""
-    if trial.config.method == "full" and trial.slot is None and trial.checkpoint is not None:
-        records.set_trial(connection, name, trial.number, checkpoint=None, checkpoint_tokens=0)
-        shutil.rmtree(Path(trial.checkpoint).parent, ignore_errors=True)
+def forget_state(connection: Connection, name: str, trial: TrialRow) -> Path | None:
+    """Forgets what a full-parameter trial without a slot wrote, 14 bytes a parameter, when nobody goes on from it.
+
+    Returns the folder, which is to be removed when that is committed.
+    """
+    if trial.config.method != "full" or trial.slot is not None or trial.checkpoint is None:
+        return None
+    records.set_trial(connection, name, trial.number, checkpoint=None, checkpoint_tokens=0)
+    return Path(trial.checkpoint).parent
 
 
 def change(store: Store, name: str, trial: TrialRow, state: str, reason: str, **values: int) -> None:
@@ -54,6 +58,7 @@ def change(store: Store, name: str, trial: TrialRow, state: str, reason: str, **
     words = reason if reason.startswith("promoted") else f"{state}: {reason}"
     with store.write() as connection:
         records.set_trial(connection, name, trial.number, state=state, reason=reason, **values)
-        if state == "pruned":
-            drop_state(connection, name, trial)
+        unwanted = forget_state(connection, name, trial) if state == "pruned" else None
         records.note(connection, name, state, f"trial {trial.label} {words}{loss}", trial.number)
+    if unwanted is not None:
+        shutil.rmtree(unwanted, ignore_errors=True)

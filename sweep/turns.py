@@ -13,12 +13,12 @@ from typing import Any
 
 from budgets.money import affordable_ms
 from sweep.projection import Projector
-from sweep.records import RUNNING, TrialRow
+from sweep.records import ENDED, RUNNING, TrialRow
 from sweep.rungs import Results
 from sweep.spec import Method, SearchSpec
 from sweep.triage import Funds
 
-TURNS = 8  # a method may be ahead of the other by the search's money over this
+TURNS = 8  # in a search, of both methods together
 
 
 def balanced(search: SearchSpec) -> bool:
@@ -35,26 +35,26 @@ def order(
     """
     methods = {trial.number: trial.config.method for trial in trials}
     spent = dict.fromkeys(search.method, 0.0)
+    seen: dict[int, int] = {}  # tokens at the last evaluation
     for row in evaluations:
         spent[methods[row.trial]] += (row.train_ms + row.evaluate_ms + row.examine_ms) / 1000
+        seen[row.trial] = row.tokens
     for trial in trials:
-        if trial.state in RUNNING:
+        if trial.state in RUNNING or trial.rung < 0:  # who never came to a rung counts as if it had: tries cost turns
             spent[trial.config.method] += projector.to_target(trial).mean
+        elif trial.state in ENDED:
+            lost = max(trial.tokens - seen.get(trial.number, trial.tokens), 0)
+            spent[trial.config.method] += projector.train(trial.config, lost).mean
     seconds = affordable_ms(money.micros_per_hour, money.balances.cap - money.balances.reserve) / 1000
-    first = turn(search.method, spent, _present(search, trials), seconds / TURNS)
+    first = turn(search.method, spent, seconds / TURNS)
     return [first, *(method for method in search.method if method != first)]
 
 
-def turn(methods: Sequence[Method], spent: Mapping[Method, float], present: Method, ahead: float) -> Method:
-    """The present method until it is `ahead` of another one; then the one that has spent least."""
+def turn(methods: Sequence[Method], spent: Mapping[Method, float], length: float) -> Method:
+    """Whose turn it is: by what all have spent together, turns of one length; but whoever is a turn ahead waits."""
+    now = methods[int(sum(spent.values()) / max(length, 1e-9)) % len(methods)]
     least = min(methods, key=lambda method: (spent[method], methods.index(method)))
-    return present if spent[present] < spent[least] + ahead else least
-
-
-def _present(search: SearchSpec, trials: Sequence[TrialRow]) -> Method:
-    """The method of the last trial that was given a turn."""
-    last = max(trials, key=lambda trial: (trial.turn, trial.number), default=None)
-    return search.method[0] if last is None else last.config.method
+    return now if spent[now] < spent[least] + length else least
 
 
 def crowded(search: SearchSpec, trials: Sequence[TrialRow], method: Method | None) -> bool:

@@ -127,6 +127,7 @@ class Worker:
             stream_tokens=getattr(self._loaded.engines.get("lora"), "micro_tokens", None),
         )
         self._meter.ready()
+        self._heard_s = time.monotonic()
 
     def _loop(self) -> Literal["stop", "paid_time"]:
         while (reason := self.turn()) is None:
@@ -210,8 +211,8 @@ class Worker:
     # --- commands ---------------------------------------------------------------------------------------------------
 
     def _obey(self) -> None:
-        for line in self._inbox.take():
-            self._heard_s = time.monotonic()
+        lines = self._inbox.take()
+        for line in lines:
             try:
                 command = parse_command(line)
             except MessageError as error:
@@ -237,8 +238,10 @@ class Worker:
                 case Drop() if command.trial in self._trials:
                     trial = self._trials[command.trial]
                     self._release(trial)
-                    self._clear(trial)
                     self._emit(Dropped, **trial.place())
+                    self._clear(trial)
+        if lines:
+            self._heard_s = time.monotonic()
 
     def _admit(self, command: Admit) -> None:
         config = command.config
@@ -418,7 +421,9 @@ class Worker:
         place = trial.place()
 
         def say(checkpoint_ms: int, write_ms: int) -> None:
-            self._emit(Checkpointed, **place, checkpoint=trial.saved, checkpoint_ms=checkpoint_ms)
+            # The model alone tells nothing of what a whole state takes.
+            whole_ms = 0 if trial.at.done and trial.config.method == "full" else checkpoint_ms
+            self._emit(Checkpointed, **place, checkpoint=trial.saved, checkpoint_ms=whole_ms)
             self._remove_older(trial.folder, _KEEP_CHECKPOINTS)
 
         self._save(trial, say)
@@ -447,9 +452,9 @@ class Worker:
     def _fail(self, trial: LiveTrial, code: FailureCode, message: str) -> None:
         """Reports a trial that left the engine because it can't go on (after a full disk, the whole worker leaves)."""
         del self._trials[trial.number]
+        self._emit(Failed, **trial.place(), code=code, message=message)
         if code != "disk":
             self._clear(trial)
-        self._emit(Failed, **trial.place(), code=code, message=message)
 
     def _end(self, reason: Literal["stop", "paid_time"]) -> int:
         for trial in list(self._trials.values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sqlite3
 from pathlib import Path
@@ -90,3 +91,20 @@ def test_the_same_cap_again_does_not_reopen_a_race(tmp_path: Path) -> None:
     after = read(tmp_path)
     assert after["study"].phase == "endgame"
     assert len(records.searched(after["trials"])) == len(records.searched(before["trials"])) == 3
+
+
+def test_a_method_that_comes_to_nothing_leaves_the_money_to_the_other(tmp_path: Path) -> None:
+    """Proves that neither divergence nor a lack of memory of all full-parameter trials ends the search of LoRA."""
+    for name, lost in (("nan", {"diverges_above": 1e-9}), ("memory", {"out_of_memory": True})):
+        folder = tmp_path / name
+        folder.mkdir()
+        spec = write_spec(folder, cap="$0.05", timings=True, method=["lora", "full"])
+        curves = json.loads((folder / "curves.json").read_text())
+        full = {**curves["default"], "match": {"method": "full"}, **lost}
+        (folder / "curves.json").write_text(json.dumps(curves | {"curves": [full]}))
+        sweep("launch", str(spec), "--yes", cwd=folder)
+        found = read(folder)
+        methods = [trial.config.method for trial in found["trials"]]
+        assert methods.count("lora") >= 8 and spent(found["accounts"]) > 40_000, name
+        assert 1 <= methods.count("full") <= 60, name
+        assert any(t.state == "completed" and t.config.method == "lora" for t in found["trials"])

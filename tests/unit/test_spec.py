@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sweep.errors import SpecError
-from sweep.spec import Spec, load
+from sweep.spec import Spec, load, validate
 
 TEXT = """\
 model: m
@@ -44,6 +44,17 @@ def test_overrides_win(path: Path) -> None:
     assert (spec.study, spec.budget.cap, spec.search.rank) == ("other", 5_000_000, (8, 16))
     assert spec.search.learning_rate.low == 1e-4
     assert [load(path, [f"machine.slots={n}"]).machine.slots for n in ("auto", 1, 64)] == ["auto", 1, 64]
+
+
+def test_a_stored_spec_is_read_under_the_rules_of_its_time(path: Path) -> None:
+    """Proves that what an earlier version launched can be listed and resumed, though nobody may launch it now."""
+    stored = load(path).resolved()
+    stored["endgame"]["seeds"] = 1
+    stored["search"]["rank"] = [8, 8]
+    stored["machine"]["device"] = "gpu"
+    assert Spec.model_validate(stored).search.rank == (8, 8)
+    with pytest.raises(SpecError):
+        validate(stored, "here")
 
 
 @pytest.mark.parametrize(

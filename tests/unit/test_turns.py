@@ -28,7 +28,7 @@ def trial(number: int, method: Any, **values: Any) -> TrialRow:
 
 def spent(number: int, seconds: float) -> Any:
     """An evaluation after so many seconds of training."""
-    return SimpleNamespace(trial=number, train_ms=round(1000 * seconds), evaluate_ms=0, examine_ms=0)
+    return SimpleNamespace(trial=number, train_ms=round(1000 * seconds), evaluate_ms=0, examine_ms=0, tokens=5_000)
 
 
 def order(trials: list[TrialRow], evaluations: list[Any]) -> list[str]:
@@ -37,7 +37,7 @@ def order(trials: list[TrialRow], evaluations: list[Any]) -> list[str]:
 
 
 def test_a_turn_lasts_until_a_method_is_an_eighth_ahead() -> None:
-    """Proves the rule: the present method stays until it leads by an eighth of the search's money, 100 s here."""
+    """Proves the rule: turns of an eighth of the search's money, 100 s here, and nobody is more than one ahead."""
     assert order([], []) == ["lora", "full"]
     lora, full = trial(0, "lora"), trial(1, "full")
     assert order([lora], [spent(0, 99)]) == ["lora", "full"]
@@ -46,13 +46,22 @@ def test_a_turn_lasts_until_a_method_is_an_eighth_ahead() -> None:
     assert order([lora, full], [spent(0, 101), spent(1, 200)]) == ["full", "lora"]
     assert order([lora, full], [spent(0, 101), spent(1, 202)]) == ["lora", "full"]
     woken = replace(lora, turn=2)
-    assert order([woken, full], [spent(0, 150), spent(1, 140)]) == ["lora", "full"], "the last one that had a turn"
+    assert order([woken, full], [spent(0, 150), spent(1, 140)]) == ["lora", "full"]
 
 
 def test_what_is_under_way_counts() -> None:
     """Proves that trials which have not reached their rungs yet do not let a method ask for ever."""
     running = [trial(n, "full", state="waiting", rung=-1, turn=n + 9) for n in range(1, 4)]
     assert order([trial(0, "lora"), *running], [spent(0, 5)]) == ["lora", "full"]
+
+
+def test_who_never_comes_to_a_rung_does_not_keep_the_turn() -> None:
+    """Proves that a method whose trials all diverge at their first steps, for nothing, is not asked for ever."""
+    lost = [trial(n, "full", state="pruned", diverged=True, rung=-1) for n in range(1, 4)]
+    assert order([trial(0, "lora"), *lost], [spent(0, 20)]) == ["lora", "full"]
+    late = [trial(n, "full", state="pruned", rung=0, tokens=10_000) for n in range(1, 4)]
+    rows = [spent(0, 20), *(spent(n, 1) for n in range(1, 4))]
+    assert order([trial(0, "lora"), *late], rows) == ["lora", "full"], "what was trained since the last rung counts"
 
 
 def test_full_training_has_one_slot() -> None:

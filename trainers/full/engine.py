@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -32,7 +32,7 @@ from trainers.checkpoints import (
 )
 from trainers.engine import Evaluation, Position, TrialFailed
 from trainers.full import optimizers, weights
-from trainers.full.distributed import Ensemble
+from trainers.full.distributed import Ensemble, GroupError
 from trainers.full.replica import Options, Replica, Saved
 from trainers.health import Health
 from trainers.messages import FailureCode, TrialConfig, WorkerJob
@@ -104,11 +104,14 @@ class FullEngine:
         """
         count = min(self.train.rows, WARM_ROWS)
         config = TrialConfig(number=0, method="full", learning_rate=0.0, batch_size=count, examples=2 * count, seed=0)
-        with suppress(TrialFailed):
+        try:
             self.admit(config, None, None)
             self.advance(lambda: False)
             self.evaluate(0, 1)
             self.drop(0)
+        except (TrialFailed, GroupError):
+            if self.base.busy:
+                self._release()
         self.evaluate(None, 1)  # weights that are not trained are compiled apart
 
     # --- coming and going -------------------------------------------------------------------------------------------
