@@ -70,7 +70,7 @@ class Allocation:
             return promotable(trials, results, self._search.eta)
         view = self._view(trials, results)
         if view is None:
-            return None if newcomers else _farthest(trials, results)
+            return None
         chosen, rate = self._best_paused(view, projector)
         if chosen is None or not newcomers:
             return chosen
@@ -221,12 +221,6 @@ class Allocation:
             else:
                 rate.append(_place(chosen[name], values) if name in chosen else WORDS)
         return np.array([*rate, 2.0 * (method == "full")])
-
-
-def _farthest(trials: Sequence[TrialRow], results: Results) -> TrialRow | None:
-    """The paused trial that came farthest, of those the best: what is left where too few are known for a model."""
-    paused = [t for t in trials if t.state == "paused" and t.number in results.losses.get(t.rung, {})]
-    return min(paused, key=lambda t: (-t.rung, results.losses[t.rung][t.number], t.number), default=None)
 
 
 def _price(trial: TrialRow, projector: Projector) -> tuple[float, float]:

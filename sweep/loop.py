@@ -313,10 +313,11 @@ class Sweep:
         order: list[Method | None] = [None]
         if turns.balanced(search):
             money = self._funds(trials, results)
-            order = [*turns.order(search, trials, self._now().evaluations, self.projector, money), None]
+            order = [*turns.order(search, trials, self._now().evaluations, self.projector, money)]
             if turns.crowded(search, trials, order[0]):
                 return False
             order = [method for method in order if not turns.crowded(search, trials, method)]
+            order += [] if self._now().anybody_runs else [None]  # one of them can do nothing: the other has its share
         return any(self._more(trials, results, method) for method in order) or self._finish(trials, results)
 
     def _more(self, trials: list[TrialRow], results: Results, method: Method | None) -> bool:
@@ -389,7 +390,7 @@ class Sweep:
         if self._now().anybody_runs or (confirms and any(t.state == "completed" for t in trials)):
             return False  # with one at its end, what is left is for confirmation
         promoted: list[TrialRow] = []
-        for trial in rungs.last_chances(trials, results, self.study.spec.search.eta):
+        for trial in turns.last_chances(self.study.spec.search, trials, results):
             together = all(t.config.method == trial.config.method == "lora" for t in promoted)
             if together and self._promote(trial, self._trials()[0], results, "promoted: the best that is left"):
                 promoted.append(trial)

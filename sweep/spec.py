@@ -102,7 +102,7 @@ def _stop(value: Any) -> Any:
     # YAML's `off` is false.
     if value in ("off", False, None):
         return {}
-    if isinstance(value, str) and value != "patience":
+    if isinstance(value, str) and value not in ("patience", "utility"):
         raise ValueError("is `off`, `patience`, or a section with patience and utility")
     return {value: {}} if isinstance(value, str) else value
 

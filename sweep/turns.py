@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from budgets.money import affordable_ms
+from sweep import rungs
 from sweep.projection import Projector
 from sweep.records import ENDED, RUNNING, TrialRow
 from sweep.rungs import Results
@@ -61,6 +62,13 @@ def crowded(search: SearchSpec, trials: Sequence[TrialRow], method: Method | Non
     """Whether enough trials of a method wait or train: of full training, which has one slot, as many as take turns."""
     running = sum(t.state in RUNNING and t.config.method == "full" for t in trials)
     return method == "full" and running >= search.live
+
+
+def last_chances(search: SearchSpec, trials: Sequence[TrialRow], results: Results) -> list[TrialRow]:
+    """The paused trials that may still be the best of those that they are compared with, the most promising first."""
+    methods: Sequence[Method | None] = search.method if balanced(search) else [None]
+    groups = [among(trials, results, method) for method in methods]
+    return [one for mine, theirs in groups for one in rungs.last_chances(mine, theirs, search.eta)]
 
 
 def among(trials: Sequence[TrialRow], results: Results, method: Method | None) -> tuple[list[TrialRow], Results]:

@@ -128,7 +128,7 @@ def test_how_it_is_written() -> None:
     assert validate(validate(VALUES | {"stop": both.model_dump()}, "here").resolved(), "here").stop == both
     with pytest.raises(SpecError, match=r"stop\.utility\.dollars_per_percent is missing"):
         stop("utility")
-    with pytest.raises(SpecError, match=r"unknown key stop\.patient"):
+    with pytest.raises(SpecError, match=r"stop: is `off`, `patience`, or a section"):
         stop("patient")
 
 
