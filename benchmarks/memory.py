@@ -40,6 +40,7 @@ from trainers.engine import Engine, TrialFailed
 from trainers.memory import Peak, Setup, Shape, correct, peak
 from trainers.messages import TrialConfig, WorkerJob
 from trainers.models import Base, head_of
+from trainers.peak import held_by_graphs
 from trainers.shapes import shape_of
 from trainers.splits import Split
 
@@ -152,11 +153,7 @@ def marks(device: torch.device, captured: bool) -> tuple[int, int]:
     if device.type != "cuda":
         return 0, 0
     torch.cuda.synchronize()
-    held = sum(
-        segment["total_size"] - segment["allocated_size"]
-        for segment in torch.cuda.memory_snapshot()
-        if captured and segment["segment_pool_id"] != (0, 0)
-    )
+    held = held_by_graphs() if captured else 0
     return torch.cuda.max_memory_allocated() + held, torch.cuda.max_memory_reserved()
 
 

@@ -123,6 +123,7 @@ def _evaluated(connection: Connection, study: Study, trial: TrialRow, event: Eva
     _scores(connection, study.name, trial.number, event.scores, {})
     # One that was parked while it was evaluated for the last time has nothing left to go on to.
     judged = trial.state == "live" or (event.final and trial.state in {"paused", "waiting"})
+    written = {"checkpoint": event.checkpoint, "checkpoint_tokens": event.tokens} if event.checkpoint else {}
     records.set_trial(
         connection,
         study.name,
@@ -134,11 +135,8 @@ def _evaluated(connection: Connection, study: Study, trial: TrialRow, event: Eva
         train_loss=_number(event.train_loss),
         metric=_number(event.metric),
         metric_error=_number(event.metric_error),
+        **written,
     )
-    if event.checkpoint is not None:
-        records.set_trial(
-            connection, study.name, trial.number, checkpoint=event.checkpoint, checkpoint_tokens=event.tokens
-        )
 
 
 def _state(connection: Connection, name: str, trial: TrialRow, ms: int) -> None:

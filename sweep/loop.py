@@ -324,7 +324,7 @@ class Sweep:
         """Wakes or asks for a trial of a method, of any where it is None."""
         known = turns.among(trials, results, method)
         newcomers = feasibility.newcomers(self.study, trials, method)
-        return self._wake(*known, newcomers) or self._ask(trials, results, method) or self._wake(*known, [])
+        return self._wake(*known, newcomers) or self._ask(trials, results, method, newcomers) or self._wake(*known, [])
 
     def _begin_endgame(self) -> bool:
         """When the search has no more to spend, the reserve goes to the best that is left; False if it began before."""
@@ -411,14 +411,14 @@ class Sweep:
         money = self._funds(joined, results)
         return triage.affordable(trial, joined, results, money, self.projector, self.study.spec.search.eta)
 
-    def _ask(self, trials: list[TrialRow], results: Results, method: Method | None) -> bool:
+    def _ask(self, trials: list[TrialRow], results: Results, method: Method | None, newcomers: list[TrialRow]) -> bool:
         """Asks for a new trial; True if there is one more to consider."""
         search, examples, seed = self.study.spec.search, self.projector.plan.examples, self.study.spec.seed
         # If not even the cheapest configuration can be paid, nothing is asked; nor until what was refused could be.
-        number, fresh = len(trials), feasibility.newcomers(self.study, trials, method)
-        fresh = [one for one in fresh if self._affordable(triage.refused(trials, one), trials, results)]
+        fresh = [one for one in newcomers if self._affordable(triage.refused(trials, one), trials, results)]
         if not fresh:
             return False
+        number = len(trials)
         method = fresh[0].config.method if len(fresh) == 1 else method
         model = partial(self.allocation.propose, *turns.among(trials, results, method), self.projector, fresh)
         suggest = partial(space.suggest, search=search)

@@ -126,7 +126,7 @@ class Projector:
         self._replayed = device == "replay"
         self._on_gpu = device not in {"cpu", "replay"}
         self._model_share = 1.0 if self._replayed else MODEL_SHARE
-        self.flops = flops or (CORE_FLOPS * cores if device in {"cpu", "replay"} else next(known, OTHER_GPU_FLOPS))
+        self.flops = flops or (next(known, OTHER_GPU_FLOPS) if self._on_gpu else CORE_FLOPS * cores)
 
     def observe(self, config: TrialConfig, event: Evaluated | Paused | Checkpointed) -> None:
         """Learns from what a worker says of a trial."""

@@ -214,9 +214,8 @@ def judge(
         return Judgement("complete", "trained to its end")
     place, count = results.rank(trial.number, trial.rung)
     where = f"ranked {place} of {count} at {trial.tokens:,} tokens"
-    if results.among_best(trial.number, trial.rung, eta):
-        return Judgement("promote", where)
-    if not can_pause and results.best_so_far(trial.number, trial.rung):
+    place_is_enough = results.among_best(trial.number, trial.rung, eta)
+    if place_is_enough or (not can_pause and results.best_so_far(trial.number, trial.rung)):
         return Judgement("promote", where)
     if can_pause:
         return Judgement("pause", where)

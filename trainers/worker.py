@@ -290,9 +290,9 @@ class Worker:
         farther = trial.until_tokens is not None and until is not None and until > trial.until_tokens
         if until is not None and trial.at.tokens >= until and not farther:
             return  # the repetition of a command that was carried out; farther on, one step passed two rungs
-        trial.until_tokens = command.until_tokens
+        trial.until_tokens = until
         trial.standing = False
-        self._engine().target(trial.number, command.until_tokens)
+        self._engine().target(trial.number, until)
 
     # --- training ---------------------------------------------------------------------------------------------------
 
