@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.tables import SPACE, Row, Run, Table, choose_seed
-from trainers.engine import Engine, Evaluation, Position, TrialFailed
+from trainers.engine import Engine, Evaluation, Kept, Position, TrialFailed
 from trainers.judging import Examination, Judge, Judgement, Measured
 from trainers.messages import Command, Event, Progress, Ready, TrialConfig, UsageRecord, WorkerJob
 from trainers.meter import Kind, Meter, Timings
@@ -155,6 +155,13 @@ class TableEngine:
     def drop(self, trial: int) -> None:
         """See Engine."""
         del self._trials[trial]
+
+    def kept(self) -> Kept:
+        """See Engine."""
+        return Kept()
+
+    def rest(self) -> None:
+        """See Engine."""
 
 
 def _key(config: dict[str, Any]) -> tuple[Any, ...]:

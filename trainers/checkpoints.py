@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import re
@@ -109,10 +110,15 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
 
 
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "peft", "transformers")}
+
+
 def write_state(folder: Path, state: State) -> None:
     """Writes state.json."""
     values: dict[str, Any] = dataclasses.asdict(state)
-    values["versions"] = {name: version(name) for name in ("torch", "peft", "transformers")}
+    values["versions"] = _versions()
     (folder / STATE).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
@@ -138,34 +144,6 @@ def holds(folder: Path, state: State) -> bool:
         return read_state(folder, state.config, state.rows) == state
     except CheckpointError:
         return False
-
-
-def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]) -> None:
-    """Writes AdamW's moments under the parameters' names; none before the first step."""
-    tensors = {
-        f"{name}.{moment}": optimizer.state[parameter][moment]
-        for name, parameter in parameters.items()
-        for moment in MOMENTS
-        if parameter in optimizer.state
-    }
-    save_tensors(folder / OPTIMIZER, tensors)
-
-
-def load_optimizer(
-    folder: Path, optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor], step: int
-) -> None:
-    """Gives AdamW its moments and step count back. Raises CheckpointError where they do not fit the parameters."""
-    if step == 0:
-        return
-    tensors = load_tensors(folder / OPTIMIZER)
-    if tensors.keys() != {f"{name}.{moment}" for name in parameters for moment in MOMENTS}:
-        raise CheckpointError(f"{folder / OPTIMIZER}: is of other parameters")
-    fused = bool(optimizer.defaults.get("fused"))
-    for name, parameter in parameters.items():
-        # Copied: what safetensors loads may be a view of the file, and AdamW writes into its moments.
-        moments = {moment: tensors[f"{name}.{moment}"].to(parameter.device, copy=True) for moment in MOMENTS}
-        count = torch.tensor(float(step), device=parameter.device if fused else "cpu")
-        optimizer.state[parameter] = {"step": count, **moments}
 
 
 def remove_older(trial_folder: Path, keep: int = 2) -> None:

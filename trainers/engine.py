@@ -49,6 +49,14 @@ class Evaluation:
     input_tokens: int  # input tokens that were run through the model
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of the device that an engine keeps between trials for speed alone: tensors, and what graphs compute in."""
+
+    allocated: int = 0
+    in_graphs: int = 0
+
+
 class Engine(Protocol):
     """Trains trials of one method. `slots` is how many at once."""
 
@@ -110,3 +118,9 @@ class Engine(Protocol):
 
     def drop(self, trial: int) -> None:
         """Frees the trial's slot. The base model is as it was."""
+
+    def kept(self) -> Kept:
+        """What `rest` would give back."""
+
+    def rest(self) -> None:
+        """Gives back what is kept for speed alone: another engine needs the device. Nobody is in a slot."""

@@ -32,6 +32,9 @@ class LoadedEngines(Protocol):
     def linear_shapes(self) -> list[list[int]]:
         """Of its linear layers, for predictions of memory."""
 
+    def make_room(self, method: str) -> None:
+        """Before trials of a method come to a device that other engines keep some of."""
+
 
 def load(job: WorkerJob) -> tuple[LoadedEngines, Examiner, RemoveOlder]:
     """Returns the job's engines, their examiner, and what removes older checkpoints. Raises what loading raises."""

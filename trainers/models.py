@@ -5,6 +5,7 @@ Weights come from safetensors only. No pickle is opened and no code of a model's
 
 from __future__ import annotations
 
+import math
 import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from transformers import (
 
 from trainers.checkpoints import write_folder
 from trainers.engine import Engine
+from trainers.memory import MICRO_TOKENS
 from trainers.messages import Targets, WorkerJob
 from trainers.splits import Split
 
@@ -66,6 +68,18 @@ class LoadedEngines:
     device: str
     parameters: int
     linear_shapes: list[list[int]]
+    full_bytes: float = 0.0  # of the GPU, that full-parameter trials may take
+
+    def make_room(self, method: str) -> None:
+        """Before trials of a method come: has the packed engine rest where full training may not fit beside its graphs.
+
+        The other way round there is room: what full training keeps is little (trainers/full/replica.py).
+        """
+        if method == "full" and "lora" in self.engines and torch.cuda.is_available():
+            cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            free = torch.cuda.mem_get_info()[0] + cached - self.engines["lora"].kept().in_graphs
+            if free < self.full_bytes:
+                self.engines["lora"].rest()
 
 
 def one_line(error: BaseException) -> str:
@@ -344,11 +358,23 @@ def load_engines(job: WorkerJob) -> LoadedEngines:
         base = load_base(job.model, job.device)
         verify_loss(base, [train[0], train[min(1, train.rows - 1)]])
     engines: dict[str, Engine] = {}
+    device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else "cpu"
+    shapes = linear_shapes(base.model)
+    loaded = LoadedEngines(engines, device, base.model.num_parameters(), shapes, _full_bytes(base, job))
     if "lora" in job.methods:
         engines["lora"] = _lora_engine(job, base, train, validation)
     if "full" in job.methods:
+        loaded.make_room("full")
         engines["full"] = full = FullEngine(base, train, validation, job.rung_rows, job=job)
         if base.device.type == "cuda":
             full.warm_up()
-    device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else "cpu"
-    return LoadedEngines(engines, device, base.model.num_parameters(), linear_shapes(base.model))
+    return loaded
+
+
+def _full_bytes(base: Base, job: WorkerJob) -> float:
+    """What full-parameter trials may take of a GPU beside the base weights, generously; trainers/memory.py counts."""
+    if job.processes > 1:
+        return math.inf  # the base weights leave the device meanwhile, and graphs would read where they were
+    config = base.model.config.get_text_config()
+    activations = 64.0 * config.hidden_size * config.num_hidden_layers * MICRO_TOKENS
+    return 20.0 * base.model.num_parameters() + activations + 4 * 2**30

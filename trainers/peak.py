@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+
+from trainers.engine import Engine
 
 
-def held_by_graphs() -> int:
-    """Bytes that captured graphs compute in: free to the allocator's books, and nobody else's."""
+def held_by_graphs(pool: tuple[int, int] | None = None) -> int:
+    """Bytes that captured graphs compute in, of one pool or of all: free to the allocator's books, and nobody else's.
+
+    It takes long where many blocks are allocated.
+    """
     torch = sys.modules["torch"]
     return sum(
         int(segment["total_size"] - segment["allocated_size"])
         for segment in torch.cuda.memory_snapshot()
-        if segment["segment_pool_id"] != (0, 0)
+        if segment["segment_pool_id"] == pool or (pool is None and segment["segment_pool_id"] != (0, 0))
     )
 
 
-def take_bytes() -> int | None:
-    """Returns the GPU memory's high-water mark since the last call, in bytes; None where no GPU is in use."""
+def take_bytes(engine: Engine, others: Iterable[Engine]) -> int | None:
+    """Returns the GPU memory's high-water mark since the last call, in bytes; None where no GPU is in use.
+
+    What `others`, which are not at work, keep for their next trials is not in it.
+    """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return None
-    most = min(int(torch.cuda.max_memory_allocated()) + held_by_graphs(), int(torch.cuda.max_memory_reserved()))
+    kept = [other.kept() for other in others]
+    allocated = int(torch.cuda.max_memory_allocated()) - sum(it.allocated for it in kept) + engine.kept().in_graphs
+    reserved = int(torch.cuda.max_memory_reserved()) - sum(it.allocated + it.in_graphs for it in kept)
     torch.cuda.reset_peak_memory_stats()
-    return most
+    return min(allocated, reserved)

@@ -42,7 +42,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainers import metrics, processes
-from trainers.engine import Engine, Evaluation, Position, TrialFailed
+from trainers.engine import Engine, Evaluation, Kept, Position, TrialFailed
 from trainers.judging import Examination, Judgement, Measured
 from trainers.messages import Scores, TrialConfig, WorkerJob
 from trainers.splits import Split
@@ -273,6 +273,13 @@ class ReplayEngine:
         """See Engine."""
         del self._trials[trial]
 
+    def kept(self) -> Kept:
+        """See Engine."""
+        return Kept()
+
+    def rest(self) -> None:
+        """See Engine."""
+
     def _arrived(self, slot: _Slot) -> bool:
         position = self.position(slot.config.number)
         return position.done or (slot.until_tokens is not None and position.tokens >= slot.until_tokens)
@@ -356,6 +363,9 @@ class ReplayEngines:
     device: str
     parameters: int
     linear_shapes: list[list[int]]
+
+    def make_room(self, method: str) -> None:
+        """Nothing: curves take no room."""
 
 
 def load_engines(job: WorkerJob) -> ReplayEngines:

@@ -160,6 +160,10 @@ class Worker:
         assert self._method is not None
         return self._loaded.engines[self._method]
 
+    def _take_peak(self) -> int | None:
+        others = [engine for method, engine in self._loaded.engines.items() if method != self._method]
+        return peak.take_bytes(self._engine(), others)
+
     def _any_method(self) -> Method:
         return "lora" if "lora" in self._loaded.engines else "full"
 
@@ -255,9 +259,11 @@ class Worker:
         resume = Path(command.resume) if command.resume is not None else None
         folder = Path(command.folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if config.method != self._method:
+            self._loaded.make_room(config.method)
         self._method = config.method
         if not self._trials:
-            peak.take_bytes()  # of whoever left in between
+            self._take_peak()  # of whoever left in between
         started_ns = self._meter.now_ns()
         try:
             with self._meter.on("checkpoint" if resume else f"trial:{config.number}"):
@@ -377,7 +383,7 @@ class Worker:
             return
         self._take_loss(trial)
         trial.standing = True
-        peak_bytes = peak.take_bytes()
+        peak_bytes = self._take_peak()
         keeps = trial.at.done or self._method == "lora"
 
         def say(checkpoint_ms: int, write_ms: int) -> None:

@@ -12,7 +12,6 @@ from peft import LoraConfig
 from trainers.checkpoints import MOMENTS, OPTIMIZER, CheckpointError, load_tensors, save_tensors
 from trainers.lora.bank import Slot
 from trainers.messages import TrialConfig
-from trainers.models import Base, target_modules
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -73,51 +72,49 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to("cpu", non_blocking=True, copy=True)
 
 
-def write_adapter(folder: Path, slot: Slot, base: Base, buffers: Buffers) -> None:
-    """Writes the two files of a PEFT adapter. PEFT's own saving asks the hub about embeddings and adds a model card."""
+def write_adapter(folder: Path, slot: Slot, name: str, endings: list[str], buffers: Buffers) -> None:
+    """Writes the two files of a PEFT adapter of the model `name`, for modules with these name endings.
+
+    PEFT's own saving asks the hub about embeddings and adds a model card.
+    """
     buffers.wait()
     save_tensors(folder / ADAPTER, named(slot, buffers.weights))
-    assert slot.config.targets is not None
-    config = lora_config(slot.config, target_modules(base.model, slot.config.targets))
+    config = lora_config(slot.config, endings)
     config.inference_mode = True
-    config.base_model_name_or_path = base.name
+    config.base_model_name_or_path = name
     config.save_pretrained(str(folder))
 
 
-def write_optimizer(folder: Path, slot: Slot, buffers: Buffers) -> None:
-    """Writes AdamW's moments under the parameters' names; none before the first step."""
+def write_optimizer(folder: Path, buffers: Buffers) -> None:
+    """Writes AdamW's moments, each as the buffer that it is; none before the first step.
+
+    By linear layer they would be hundreds of tensors, which take longer to list than to write. The buffer's layout
+    follows from model, targets and rank (trainers/lora/bank.py).
+    """
     buffers.wait()
-    tensors = {
-        f"{name}.{moment}": part
-        for moment, buffer in buffers.moments.items()
-        for name, part in named(slot, buffer).items()
-    }
-    save_tensors(folder / OPTIMIZER, tensors)
+    save_tensors(folder / OPTIMIZER, buffers.moments)
 
 
-@torch.no_grad()
 def read_adapter(folder: Path, slot: Slot) -> None:
     """Fills a slot's weights from a PEFT adapter. Raises CheckpointError where it is of other modules or rank."""
     tensors = load_tensors(folder / ADAPTER)
-    mine = named(slot, slot.weights)
+    weights = torch.zeros(slot.weights.shape, dtype=slot.weights.dtype)
+    mine = named(slot, weights)
     if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in mine.items()}:
         raise CheckpointError(f"{folder / ADAPTER}: is an adapter of other modules or rank")
     for name, part in mine.items():
         part.copy_(tensors[name])
-    slot.refresh()
+    slot.put(weights)
 
 
-@torch.no_grad()
 def read_optimizer(folder: Path, slot: Slot, step: int) -> None:
-    """Gives AdamW its moments and step count back. Raises CheckpointError where they are of other parameters."""
+    """Gives AdamW its moments and step count back. Raises CheckpointError where they are of another adapter."""
     if step == 0:
         return
-    tensors = load_tensors(folder / OPTIMIZER)
-    moments = {moment: torch.zeros_like(slot.weights.detach()) for moment in MOMENTS}
-    parts = {f"{n}.{moment}": part for moment in MOMENTS for n, part in named(slot, moments[moment]).items()}
-    if tensors.keys() != parts.keys():
-        raise CheckpointError(f"{folder / OPTIMIZER}: is of other parameters")
-    for name, part in parts.items():
-        part.copy_(tensors[name])
+    moments = load_tensors(folder / OPTIMIZER)
+    if {name: t.shape for name, t in moments.items()} != dict.fromkeys(MOMENTS, slot.weights.shape):
+        raise CheckpointError(f"{folder / OPTIMIZER}: is of another adapter")
     device = slot.weights.device
-    slot.optimizer.state[slot.weights] = {"step": torch.tensor(float(step), device=device), **moments}
+    # Copied: what safetensors loads may be a view of the file, and AdamW writes into its moments.
+    there = {name: moment.to(device, slot.weights.dtype, copy=True) for name, moment in moments.items()}
+    slot.optimizer.state[slot.weights] = {"step": torch.tensor(float(step), device=device), **there}

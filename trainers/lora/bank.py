@@ -61,11 +61,23 @@ class Group:
         return len(self.linears) * self.inputs + sum(self.outputs)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a linear layer's A [rank, inputs] and B [outputs, rank] are in a slot's buffer."""
+
+    name: str
+    inputs: int
+    outputs: int
+    first: int
+    second: int
+
+
 class Layout:
     """The groups of a model with the place of each in a slot's buffer, counted from the start of its kind."""
 
     def __init__(self, groups: list[Group]) -> None:
         self.groups = groups
+        self._places: dict[tuple[str, int], list[Place]] = {}
         self.sizes = dict.fromkeys(KINDS, 0)
         for group in groups:
             at = self.sizes[group.kind]
@@ -86,6 +98,22 @@ class Layout:
         kinds = self.kinds(targets)
         return None if kind not in kinds else sum(self.sizes[k] for k in kinds[: kinds.index(kind)])
 
+    def places(self, targets: str, rank: int) -> list[Place]:
+        """The targeted linear layers of the model, in its order."""
+        rows = padded(rank)
+        if (targets, rows) not in self._places:
+            found = []
+            for group in self.groups:
+                start = self.start(targets, group.kind)
+                if start is None:
+                    continue
+                for member, (name, order) in enumerate(zip(group.names, group.order, strict=True)):
+                    first = rows * (start + group.first + member * group.inputs)
+                    second = rows * (start + group.seconds[member])
+                    found.append((order, Place(name, group.inputs, group.outputs[member], first, second)))
+            self._places[targets, rows] = [place for _, place in sorted(found, key=lambda pair: pair[0])]
+        return self._places[targets, rows]
+
     def elements(self, targets: str, rank: int) -> int:
         """Elements of a slot's buffer for a trial of this rank."""
         return padded(rank) * sum(self.sizes[kind] for kind in self.kinds(targets))
@@ -105,8 +133,8 @@ class Slot:
     optimizer: torch.optim.AdamW
 
     @classmethod
-    def fresh(cls, config: TrialConfig, layout: Layout, dtype: torch.dtype, device: torch.device) -> Slot:
-        """Allocates a trial's buffers with PEFT's initial values. Raises ValueError without rank, alpha or targets."""
+    def empty(cls, config: TrialConfig, layout: Layout, dtype: torch.dtype, device: torch.device) -> Slot:
+        """Allocates a trial's buffers; its weights are zero. Raises ValueError without rank, alpha or targets."""
         if config.rank is None or config.alpha is None or config.targets is None:
             raise ValueError(f"trial {config.number}: LoRA needs rank and alpha, and targets")
         if not any(layout.sizes[kind] for kind in layout.kinds(config.targets)):
@@ -120,8 +148,13 @@ class Slot:
         optimizer = torch.optim.AdamW(
             [weights], lr=config.learning_rate, weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda")
         )
-        slot = cls(config, layout, weights, copy.requires_grad_(False), optimizer)
-        slot.initialise()
+        return cls(config, layout, weights, copy.requires_grad_(False), optimizer)
+
+    @classmethod
+    def fresh(cls, config: TrialConfig, layout: Layout, dtype: torch.dtype, device: torch.device) -> Slot:
+        """A trial's buffers with PEFT's initial values. Raises ValueError as `empty` does."""
+        slot = cls.empty(config, layout, dtype, device)
+        slot.put(slot.initial())
         return slot
 
     @property
@@ -165,29 +198,32 @@ class Slot:
         return buffer[at : at + rows * outputs].view(rows, outputs)
 
     def pairs(self, buffer: torch.Tensor) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """The targeted linears of the model, in its order: name, A [rank, inputs] and B [outputs, rank], as views."""
-        found = []
-        for group in self.layout.groups:
-            first = self.first(buffer, group)
-            for member, (name, place) in enumerate(zip(group.names, group.order, strict=True)):
-                second = self.second(buffer, group, member)
-                if first is not None and second is not None:
-                    found.append((place, name, first[member, : self.rank], second[: self.rank].T))
-        for _, name, first, second in sorted(found, key=lambda pair: pair[0]):
-            yield name, first, second
+        """The targeted linears of the model, in its order: name, A [rank, inputs] and B [outputs, rank], as views.
 
-    @torch.no_grad()
-    def initialise(self) -> None:
-        """Gives A its initial values; B is zero.
+        `buffer` is one of the slot's, or laid out as they are, from the start of its storage.
+        """
+        assert self.config.targets is not None
+        for place in self.layout.places(self.config.targets, self.rank):
+            first = buffer.as_strided((self.rank, place.inputs), (place.inputs, 1), place.first)
+            second = buffer.as_strided((place.outputs, self.rank), (1, place.outputs), place.second)
+            yield place.name, first, second
+
+    def initial(self) -> torch.Tensor:
+        """The initial weights, on the host: A is random, B is zero.
 
         The distribution is PEFT's own, Kaiming-uniform with a = sqrt(5). The numbers come from one fp32 CPU generator
         over the linears in the model's order, so they depend on nothing that ran before, and on no device or width.
         """
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, INITIALISATION))
-        for _, first, _ in self.pairs(self.weights):
-            values = torch.empty(first.shape, dtype=torch.float32)
-            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
-            first.copy_(values)
+        weights = torch.zeros(self.weights.shape, dtype=torch.float32)
+        for _, first, _ in self.pairs(weights):
+            nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)
+        return weights
+
+    @torch.no_grad()
+    def put(self, weights: torch.Tensor) -> None:
+        """Takes weights [elements] from the host: one copy, where one for each linear would keep the device waiting."""
+        self.weights.copy_(weights)
         self.refresh()
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from trainers.checkpoints import CheckpointError, State, holds, read_state, write_folder, write_state
-from trainers.engine import Evaluation, Position, TrialFailed
+from trainers.engine import Evaluation, Kept, Position, TrialFailed
 from trainers.generation import greedy
 from trainers.health import Health
 from trainers.lora import adapter_files, packing
@@ -34,8 +34,8 @@ from trainers.lora.packing import Batch
 from trainers.lora.runner import CpuRunner, Runner
 from trainers.lora.stream import Part
 from trainers.loss import compare_with_own
-from trainers.messages import FailureCode, TrialConfig
-from trainers.models import Base, ModelError, one_line
+from trainers.messages import FailureCode, Targets, TrialConfig
+from trainers.models import Base, ModelError, one_line, target_modules
 from trainers.splits import Split, batches, cut
 from trainers.training import DROPOUT, MICRO_TOKENS, Run, derive_seed, evaluation, is_out_of_memory, rate
 
@@ -89,6 +89,7 @@ class LoraEngine:
         self._trials: dict[int, Live] = {}
         self._reports: deque[_Report] = deque()
         self._failures: list[TrialFailed] = []
+        self._known_endings: dict[Targets, list[str]] = {}
         self.trained_tokens = 0  # real ones, of all trials
         self._computed = 0
         self._runner: Runner = self._make_runner()
@@ -156,7 +157,8 @@ class LoraEngine:
             raise ValueError(f"examples {config.examples} and batch_size {config.batch_size} must be at least 1")
         rows = self.train.rows
         state = State(config, 0, 0, rows) if checkpoint is None else read_state(checkpoint, config, rows)
-        slot = Slot.fresh(config, self._layout, self.base.model.dtype, self.base.device)
+        make = Slot.fresh if checkpoint is None else Slot.empty
+        slot = make(config, self._layout, self.base.model.dtype, self.base.device)
         if checkpoint is not None:
             adapter_files.read_adapter(checkpoint, slot)
             adapter_files.read_optimizer(checkpoint, slot, state.step)
@@ -431,17 +433,25 @@ class LoraEngine:
     def _take_down(self, live: Live) -> Callable[[Path], None]:
         state = State(live.config, live.step, live.tokens, self.train.rows)
         buffers = adapter_files.Buffers.of(live.slot)
+        endings = self._endings(live.config.targets)
 
         def write(folder: Path) -> None:
             if holds(folder, state):
                 # A trial that repeats a stretch after a crash arrives at checkpoints that are there already.
                 return
             with write_folder(folder) as temporary:
-                adapter_files.write_adapter(temporary, live.slot, self.base, buffers)
-                adapter_files.write_optimizer(temporary, live.slot, buffers)
+                adapter_files.write_adapter(temporary, live.slot, self.base.name, endings, buffers)
+                adapter_files.write_optimizer(temporary, buffers)
                 write_state(temporary, state)
 
         return write
+
+    def _endings(self, targets: Targets | None) -> list[str]:
+        """The name endings of targeted modules, found once: that looks at every pair of the model's modules."""
+        assert targets is not None
+        if targets not in self._known_endings:
+            self._known_endings[targets] = target_modules(self.base.model, targets)
+        return self._known_endings[targets]
 
     def drop(self, trial: int) -> None:
         """Frees the slot. The base model is as it was, to the bit."""
@@ -451,6 +461,14 @@ class LoraEngine:
         self._sums[live.index].zero_()
         self._runner.seat(live.index, None)
         self.base.busy = bool(self._trials)
+
+    def kept(self) -> Kept:
+        """What `rest` would give back: the graphs of streams."""
+        return self._runner.kept
+
+    def rest(self) -> None:
+        """Gives the graphs back. Streams are captured again as they come."""
+        self._runner.recover()
 
     def _of(self, trial: int) -> Live:
         if trial not in self._trials:

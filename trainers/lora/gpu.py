@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trainers.engine import Kept
 from trainers.lora import attention_kernels  # noqa: F401  (registers the operator that attention.py calls)
 from trainers.lora.attention import packed as packed_attention
 from trainers.lora.bank import Slot, padded
@@ -24,6 +25,7 @@ from trainers.lora.head import Targets, chunk_of
 from trainers.lora.linear import PackedGroup
 from trainers.lora.stream import BLOCK, TILE, WIDE, Laid, Part, Stream, blocks_of, lay, slot_row, tiles_of
 from trainers.models import Base, layers_of
+from trainers.peak import held_by_graphs
 from trainers.splits import Split
 
 SHORTEST = 512  # tokens of the shortest stream
@@ -58,14 +60,24 @@ class Captured:
     slope: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Judging:
+    """The graph of a stream's forward alone, with what it writes."""
+
+    forward: torch.cuda.CUDAGraph
+    hidden: torch.Tensor
+
+
 @dataclass
 class Frame:
     """Buffers of one stream shape, and its graphs once it was seen often enough to be worth them."""
 
     stream: Stream
     raw: torch.Tensor
-    uses: int = 0
+    uses: int = 0  # to train in
+    looks: int = 0  # to judge in
     graphs: dict[tuple[bool, int], Captured] = field(default_factory=dict)  # by dropout and rank
+    judging: dict[int, Judging] = field(default_factory=dict)  # by rank
 
 
 class _Staging:
@@ -113,13 +125,13 @@ class GpuRunner:
         self._staging = [_Staging(), _Staging()]
         self._chunk = chunk_of(base.head.weight.shape[0], "cuda")
         self._pool = torch.cuda.graph_pool_handle()
-        self._taken: frozenset[int] = frozenset()
         self._flying: deque[torch.cuda.Event] = deque()
         self._hidden: torch.Tensor | None = None
         self._captured: Captured | None = None  # what the last forward was replayed from
         self.compile = False
         self._calls: list[Any] = []
         self.graphs = False
+        self.kept = Kept()
 
     # --- slots and streams ------------------------------------------------------------------------------------------
 
@@ -130,9 +142,6 @@ class GpuRunner:
         self._scales[index] = 0.0 if slot is None else slot.scale
         self._dropout[index] = 0.0 if slot is None else slot.config.dropout
         self._drops[index] = self._dropout[index]
-        self._taken = self._taken | {index} if slot is not None else self._taken - {index}
-        if not self._taken:
-            self.recover()  # what the graphs hold is wanted by whoever comes next
         if slot is not None and padded(slot.rank) > self._rank:
             self._rank = 1 << (padded(slot.rank) - 1).bit_length()
             self._forget()
@@ -243,7 +252,7 @@ class GpuRunner:
         frame = next(frame for frame in self._frames.values() if frame.stream is stream)
         self._captured = None
         if not training:
-            return self._body(stream, training=False)
+            return self._judge(frame)
         frame.uses += 1
         key = (stream.dropout, stream.rank)
         if self.graphs and key not in frame.graphs and frame.uses > 2:
@@ -254,6 +263,25 @@ class GpuRunner:
             return self._captured.hidden
         self._hidden = self._body(stream, training=True)
         return self._hidden.detach()
+
+    def _judge(self, frame: Frame) -> torch.Tensor:
+        """Hidden states of a stream that nothing is learned from.
+
+        Launched layer by layer they take six times as long as those of a model without adapters.
+        """
+        frame.looks += 1
+        rank = frame.stream.rank
+        if self.graphs and rank not in frame.judging and frame.looks > 1:
+            _tidy()
+            forward = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
+                hidden = self._body(frame.stream, training=False)
+            frame.judging[rank] = Judging(forward, hidden)
+            self._keep(hidden)
+        if rank not in frame.judging:
+            return self._body(frame.stream, training=False)
+        frame.judging[rank].forward.replay()
+        return frame.judging[rank].hidden
 
     def backward(self, stream: Stream, gradient: torch.Tensor) -> None:
         """Adds the adapters' gradients to the slots, from the gradient [T, d] of the last forward's hidden states."""
@@ -280,7 +308,7 @@ class GpuRunner:
         self.compile = self.graphs = True
 
     def recover(self) -> None:
-        """Forgets a forward that came to nothing, and gives its memory back."""
+        """Forgets a forward that came to nothing, and gives its memory back, and that of all graphs."""
         self._hidden = self._captured = None
         self._forget()
         torch.cuda.empty_cache()
@@ -289,6 +317,7 @@ class GpuRunner:
         """Drops all frames and their graphs. A pool whose last graph is gone can take no other."""
         self._frames.clear()
         self._pool = torch.cuda.graph_pool_handle()
+        self.kept = Kept()
 
     def _body(self, stream: Stream, training: bool) -> torch.Tensor:
         with self.engaged():
@@ -332,15 +361,24 @@ class GpuRunner:
 
     def _capture(self, frame: Frame, key: tuple[bool, int]) -> None:
         """Captures forward and backward of a frame. The gradient is zero meanwhile, so no slot's changes."""
-        stream = frame.stream
-        # What eager steps left in the allocator would be kept beside the graph's own memory.
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+        _tidy()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Threads that write checkpoints wait for events of their own meanwhile, which must not end the capture.
         with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
-            hidden = self._body(stream, training=True)
+            hidden = self._body(frame.stream, training=True)
         slope = torch.zeros_like(hidden)
         with torch.cuda.graph(backward, pool=self._pool, capture_error_mode="thread_local"):
             hidden.backward(slope)
         frame.graphs[key] = Captured(forward, backward, hidden.detach(), slope)
+        self._keep(hidden, slope)
+
+    def _keep(self, *outputs: torch.Tensor) -> None:
+        """Counts what a capture keeps."""
+        allocated = self.kept.allocated + sum(output.nbytes for output in outputs)
+        self.kept = Kept(allocated, held_by_graphs(self._pool))
+
+
+def _tidy() -> None:
+    """Before a capture: what eager steps left in the allocator would be kept beside the graph's own memory."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()

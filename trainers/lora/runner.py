@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from trainers.engine import Kept
 from trainers.lora.attention import packed as packed_attention
 from trainers.lora.bank import Slot, padded
 from trainers.lora.head import Targets
@@ -23,6 +24,7 @@ class Runner(Protocol):
     """What an engine needs of a device. `shared`: a stream's room is shared out among trials."""
 
     shared: bool
+    kept: Kept  # what `recover` would give back
 
     def seat(self, index: int, slot: Slot | None) -> None:
         """Puts a trial's buffers in a slot, or frees it."""
@@ -43,7 +45,7 @@ class Runner(Protocol):
         """Tells that the model was found to be right: from here on speed counts."""
 
     def recover(self) -> None:
-        """Forgets a forward that came to nothing, and gives its memory back."""
+        """Forgets a forward that came to nothing, and gives back its memory and what is kept for speed alone."""
 
 
 class CpuRunner:
@@ -55,6 +57,7 @@ class CpuRunner:
     """
 
     shared = False
+    kept = Kept()
 
     def __init__(self, base: Base, groups: list[PackedGroup], slots: int) -> None:
         self._base = base
