@@ -7,6 +7,7 @@ all of them at once in one pack, twice; then each configuration's first seed in 
 one differ in the order of sums alone, which bf16 makes visible, and two runs of the wide pack by what is summed in no
 fixed order. Both are to be small against what another seed does. One JSON line:
 
+    diverged        configurations of which a trial did, and which are not in what follows
     alone           |loss in the pack / loss alone - 1|, a configuration each
     again           the same between two runs of the wide pack
     seeds_spread    the standard deviation over seeds, relative to their mean, a configuration each
@@ -68,14 +69,21 @@ def measure(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
     engine = load_engine(setup, 1, None)
     for trial in wide[:: options.seeds]:
         alone |= losses(engine, [trial])
-    by_seed = [[packed[trial.number * options.seeds + seed] for seed in range(options.seeds)] for trial in drawn]
-    firsts = list(alone)
+    by_seed: list[list[float]] = []
+    firsts: list[int] = []
+    for trial in drawn:
+        found = [packed[trial.number * options.seeds + seed] for seed in range(options.seeds)]
+        # Learning rates are drawn wide: a configuration that diverged says nothing of rounding.
+        if all(map(math.isfinite, [alone[trial.number * options.seeds], *found])):
+            by_seed.append(found)
+            firsts.append(trial.number * options.seeds)
 
     def apart(other: dict[int, float]) -> list[float]:
         return [abs(packed[number] / other[number] - 1) for number in firsts]
 
     return {
         "trials": options.trials,
+        "diverged": options.trials - len(firsts),
         "seeds": options.seeds,
         "steps": options.steps,
         "alone": apart(alone),

@@ -30,6 +30,7 @@ from trainers.messages import Method, Optimizer, Targets, TrialConfig
 GIB = 2**30
 LEAST_MARGIN, MARGIN = 2 * GIB, 0.08  # of a GPU's memory, for what the sum does not count: the larger of the two
 MICRO_TOKENS = 8192  # through the model at once on a GPU (trainers/training.py), unless a probe finds another length
+CAPTURED = 2**29  # parameters up to which full training runs from CUDA graphs: launching takes longer than computing
 SHORTEST_STREAM = 2048  # tokens: what a probe tries first (trainers/lora/probe.py)
 RANK_STEP = 16  # ranks are computed with in multiples (trainers/lora/bank.py)
 ADAPTER_BYTES = 18  # a parameter: fp32 weight, gradient and two moments, and the bf16 copy that is computed with
@@ -215,7 +216,9 @@ def _full(shape: Shape, setup: Setup) -> Peak:
         del states["weights"]
         around = shape.embedding + (0 if shape.tied else shape.head)
         states["gathered"] = 2 * (2 * shape.largest_layer + around) + 4 * shape.largest_layer
-    before = {**states, "gradients": 4 * count if setup.accumulates else 0}
+    # What graphs add gradients to is there all the time.
+    captured = captures(shape.parameters, checkpointing=setup.checkpointing, processes=setup.processes)
+    before = {**states, "gradients": 4 * count if setup.accumulates or captured else 0}
     whole = layer_token(shape)
     kept = 2 * shape.hidden * shape.layers if setup.checkpointing else whole
     activations = tokens * (
@@ -230,6 +233,11 @@ def _full(shape: Shape, setup: Setup) -> Peak:
     ]
     most = max(moments, key=lambda parts: sum(parts.values()))
     return Peak({name: round(size) for name, size in most.items() if size})
+
+
+def captures(parameters: int, *, checkpointing: bool, processes: int) -> bool:
+    """Whether a GPU's full-parameter steps are CUDA graphs."""
+    return parameters <= CAPTURED and not checkpointing and processes == 1
 
 
 def full_tokens(batch_sizes: Sequence[int], longest: int) -> tuple[int, bool]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import struct
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -71,15 +73,14 @@ class LoadedEngines:
     full_bytes: float = 0.0  # of the GPU, that full-parameter trials may take
 
     def make_room(self, method: str) -> None:
-        """Before trials of a method come: has the packed engine rest where full training may not fit beside its graphs.
-
-        The other way round there is room: what full training keeps is little (trainers/full/replica.py).
-        """
-        if method == "full" and "lora" in self.engines and torch.cuda.is_available():
-            cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-            free = torch.cuda.mem_get_info()[0] + cached - self.engines["lora"].kept().in_graphs
-            if free < self.full_bytes:
-                self.engines["lora"].rest()
+        """Before trials of a method come: has the other engine rest where they may not fit beside what it keeps."""
+        for other, engine in self.engines.items():
+            if other != method and torch.cuda.is_available():
+                cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - engine.kept().in_graphs
+                free, whole = torch.cuda.mem_get_info()
+                # A pack's own graphs are kept, so that only its adapters are new.
+                if free + cached < (self.full_bytes if method == "full" else whole / 4):
+                    engine.rest()
 
 
 def one_line(error: BaseException) -> str:
@@ -303,6 +304,14 @@ def convert_gguf(path: Path, out_folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
+@contextmanager
+def _timed(what: str) -> Iterator[None]:
+    """Says in worker.log what of the start-up took how long."""
+    started = time.monotonic()
+    yield
+    sys.stderr.write(f"ready: {what} after {time.monotonic() - started:.1f} s\n")
+
+
 def _pack(job: WorkerJob, base: Base, train: Split, validation: Split) -> tuple[int, int | None]:
     """How many LoRA trials train at once, and how many tokens go through the model at once (None: as usual)."""
     if job.slots is not None:
@@ -332,12 +341,14 @@ def _compiling_ahead(job: WorkerJob, train: Split, validation: Split) -> Iterato
 def _lora_engine(job: WorkerJob, base: Base, train: Split, validation: Split) -> Engine:
     from trainers.lora.engine import LoraEngine
 
-    slots, stream_tokens = _pack(job, base, train, validation)
-    lora = LoraEngine(base, train, validation, job.rung_rows, stream_tokens, slots)
-    if base.device.type == "cuda":
-        from trainers.lora import probe
+    with _timed("probe"):
+        slots, stream_tokens = _pack(job, base, train, validation)
+    with _timed("packed engine"):
+        lora = LoraEngine(base, train, validation, job.rung_rows, stream_tokens, slots)
+        if base.device.type == "cuda":
+            from trainers.lora import probe
 
-        probe.warm_up(lora, job.max_rank)
+            probe.warm_up(lora, job.max_rank)
     return lora
 
 
@@ -354,7 +365,7 @@ def load_engines(job: WorkerJob) -> LoadedEngines:
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     train, validation = (load_split(Path(job.data), name) for name in ("train", "validation"))
-    with _compiling_ahead(job, train, validation):
+    with _timed("base model and kernels"), _compiling_ahead(job, train, validation):
         base = load_base(job.model, job.device)
         verify_loss(base, [train[0], train[min(1, train.rows - 1)]])
     engines: dict[str, Engine] = {}
@@ -365,9 +376,10 @@ def load_engines(job: WorkerJob) -> LoadedEngines:
         engines["lora"] = _lora_engine(job, base, train, validation)
     if "full" in job.methods:
         loaded.make_room("full")
-        engines["full"] = full = FullEngine(base, train, validation, job.rung_rows, job=job)
-        if base.device.type == "cuda":
-            full.warm_up()
+        with _timed("full engine"):
+            engines["full"] = full = FullEngine(base, train, validation, job.rung_rows, job=job)
+            if base.device.type == "cuda":
+                full.warm_up()
     return loaded
 
 

@@ -7,6 +7,7 @@ of several, one a process.
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
+from torch import nn
 
 from trainers.checkpoints import (
     OPTIMIZER,
@@ -30,18 +32,19 @@ from trainers.checkpoints import (
     write_folder,
     write_state,
 )
-from trainers.engine import Evaluation, Position, TrialFailed
+from trainers.engine import Evaluation, Kept, Position, TrialFailed
 from trainers.full import optimizers, weights
 from trainers.full.distributed import Ensemble, GroupError
 from trainers.full.replica import Options, Replica, Saved
 from trainers.health import Health
+from trainers.memory import captures
 from trainers.messages import FailureCode, TrialConfig, WorkerJob
-from trainers.models import Base, ModelError
+from trainers.models import Base, ModelError, one_line
 from trainers.splits import Split, batches
 from trainers.training import DROPOUT, MICRO_TOKENS, Late, Run, derive_seed, evaluation, is_out_of_memory, rate
 
 T = TypeVar("T")
-WARM_ROWS = 16  # of the steps that everything is compiled in
+WARM_ROWS, WARM_STEPS = 16, 4  # in which everything is compiled, and captured where the rows are alike
 _REPORTS_AHEAD = 2  # steps whose figures may still be on their way from the GPU
 
 
@@ -74,12 +77,11 @@ class FullEngine:
         self.train = train
         self.validation = validation
         self.rung_rows = rung_rows
-        options = Options(micro_tokens or MICRO_TOKENS[base.device.type], compiled=compiled)
-        if job is not None:
-            options = replace(options, optimizer=job.optimizer, checkpointing=job.checkpointing)
+        options = _options(base, micro_tokens, job, compiled)
         optimizers.find(options.optimizer)
         longest = int(max(train.lengths.max(), validation.lengths.max()))
-        self._own = weights.Resident(base)
+        self._graphs = options.graphs
+        self._own = weights.Resident(base, fixed=options.graphs)
         self._alone = Replica(self._own, train, longest, options)
         self._alone.verify()
         self._trained: Replica | Ensemble = self._alone
@@ -98,12 +100,30 @@ class FullEngine:
         self._trained.micro_tokens = self._alone.micro_tokens = tokens
 
     def warm_up(self) -> None:
-        """Runs what is compiled once, so that no trial pays for it, and no forecast takes it for the usual speed.
+        """Runs what is compiled and captured once, so that no trial pays for it, and no forecast takes it for the usual
+        speed.
 
-        The engine is as fresh as before, also where there is no memory for a trial.
+        The engine is as fresh as before, also where there is no memory for a trial. A model whose steps can't be
+        captured trains without graphs, and worker.log says so.
         """
+        stream = torch.cuda.current_stream() if self._graphs else None
+        try:
+            self._warm()
+        except RuntimeError as error:
+            if stream is None:
+                raise
+            sys.stderr.write(f"{self.base.name}: trains without CUDA graphs: {one_line(error)}\n")
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own
+            self._own.without_graphs()
+            self._alone.without_graphs()
+            self._graphs = False
+            self._release()
+            self._warm()
+
+    def _warm(self) -> None:
         count = min(self.train.rows, WARM_ROWS)
-        config = TrialConfig(number=0, method="full", learning_rate=0.0, batch_size=count, examples=2 * count, seed=0)
+        examples = WARM_STEPS * count
+        config = TrialConfig(number=0, method="full", learning_rate=0.0, batch_size=count, examples=examples, seed=0)
         try:
             self.admit(config, None, None)
             self.advance(lambda: False)
@@ -321,3 +341,25 @@ class FullEngine:
         if self._run is None or self._run.config.number != trial:
             raise KeyError(f"trial {trial} is in no slot of this engine")
         return self._run
+
+    def kept(self) -> Kept:
+        """What `rest` would give back."""
+        return self._alone.kept()
+
+    def rest(self) -> None:
+        """Gives back graphs and gradients; both are made again with the next trial."""
+        self._alone.rest()
+
+
+def _options(base: Base, micro_tokens: int | None, job: WorkerJob | None, compiled: bool) -> Options:
+    """How trials are trained: as the job says, from graphs where a GPU's time goes into launching."""
+    options = Options(micro_tokens or MICRO_TOKENS[base.device.type], compiled=compiled)
+    processes = 1
+    if job is not None:
+        options = replace(options, optimizer=job.optimizer, checkpointing=job.checkpointing)
+        processes = job.processes
+    # Graphs draw a model's own dropout otherwise than steps that are not captured yet.
+    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in base.model.modules())
+    drops |= bool(getattr(base.model.config.get_text_config(), "attention_dropout", 0))
+    small = captures(base.model.num_parameters(), checkpointing=options.checkpointing, processes=processes)
+    return replace(options, graphs=base.device.type == "cuda" and compiled and small and not drops)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import distributed
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from trainers import generation
+from trainers.engine import Kept
 from trainers.full import optimizers
 from trainers.full.weights import Weights
 from trainers.lora.head import Targets
@@ -41,6 +42,7 @@ class Options:
     optimizer: Optimizer = "adamw"
     checkpointing: bool = False
     compiled: bool = True  # layers, on a GPU
+    graphs: bool = False  # a stream's passes are captured, on a GPU; the weights' gradients are fixed then
 
 
 @dataclass(frozen=True)
@@ -150,15 +152,12 @@ class Replica:
         total = torch.zeros((), device=self.base.device)
         # FSDP2 takes the mean of the processes' gradients, where the sum is wanted.
         weight = self.ranks / completion
-        with self._engaged():
+        if self._options.graphs:
+            self._make_room(0)
             for part in self._parts(rows, self.train):
-                # Who has no rows left takes part in the collectives, with a row that counts nothing.
-                given = [rows[place] for place in part] if part else [rows[0]]
-                loss = self.weights.run(self._loss, given, weight if part else 0.0)
-                loss.backward()
-                if self._runner is not None:
-                    self._runner.pace()
-                total += loss.detach()
+                total += self._replayed([rows[place] for place in part], weight)
+        else:
+            total += self._passed(rows, weight)
         with torch.no_grad():
             norm = get_total_norm(self.weights.gradients())
             if self.ranks > 1:
@@ -170,6 +169,35 @@ class Replica:
             self._optimizer.step()
             self.weights.stepped()
             return torch.stack((total.double(), norm.double()))
+
+    def _passed(self, rows: Sequence[int], weight: float) -> torch.Tensor:
+        """Adds the gradients of the rows' loss, and returns the loss."""
+        total = torch.zeros((), device=self.base.device)
+        with self._engaged():
+            for part in self._parts(rows, self.train):
+                # Who has no rows left takes part in the collectives, with a row that counts nothing.
+                given = [rows[place] for place in part] if part else [rows[0]]
+                loss = self.weights.run(self._loss, given, weight if part else 0.0)
+                loss.backward()
+                if self._runner is not None:
+                    self._runner.pace()
+                total += loss.detach()
+        return total
+
+    def _replayed(self, rows: list[int], weight: float) -> torch.Tensor:
+        """The same of one part, from graphs: launched one by one, a small model's kernels take less time than that.
+
+        The head is outside of them, since its chunks are as many as there are scored tokens.
+        """
+        assert self._runner is not None
+        stream, targets = self._runner.load(self.train, [Part(0, None, rows, list(range(len(rows))), 0, weight)])
+        hidden = self._runner.forward(stream).detach().requires_grad_()
+        scored = hidden.index_select(0, targets.predict)
+        loss = chunked_nll(scored, self.base.head.weight, targets.tokens, targets.weights)
+        loss.backward()
+        assert hidden.grad is not None
+        self._runner.backward(stream, hidden.grad)
+        return loss.detach()
 
     def _parts(self, rows: Sequence[int], split: Split) -> list[list[int]]:
         """This process's places in `rows`, cut to what goes through the model at once.
@@ -199,6 +227,8 @@ class Replica:
             return decoder.last_hidden_state[0], targets
         stream: Stream
         stream, targets = self._runner.load(split, [Part(0, None, rows, list(range(len(rows))), 0, weight)])
+        if self._options.graphs and not training:
+            return self._runner.forward(stream, training=False), targets
         return self._runner.body(stream, training), targets
 
     # --- judging ----------------------------------------------------------------------------------------------------
@@ -235,6 +265,23 @@ class Replica:
         with torch.compiler.set_stance("force_eager"):
             return generation.greedy(self.base.model, self.base.tokenizer, prompts, max_new_tokens, self.micro_tokens)
 
+    # --- between trials ---------------------------------------------------------------------------------------------
+
+    def kept(self) -> Kept:
+        """What `rest` would give back."""
+        graphs = Kept() if self._runner is None else self._runner.kept
+        return Kept(graphs.allocated + self.weights.kept_bytes, graphs.in_graphs)
+
+    def without_graphs(self) -> None:
+        """Steps are launched kernel by kernel from the next trial on."""
+        self._options, self._runner = replace(self._options, graphs=False), None
+
+    def rest(self) -> None:
+        """Gives back graphs, and the gradients that they add to."""
+        if self._runner is not None:
+            self._runner.recover()
+        self.weights.forget()
+
     # --- running ----------------------------------------------------------------------------------------------------
 
     def verify(self) -> None:
@@ -265,8 +312,9 @@ class Replica:
             from trainers.lora.gpu import GpuRunner
 
             runner = GpuRunner(self.base, [], 0, self.longest, self.micro_tokens)
-            # Before, a model's errors would be hard to read. No graphs: gradients of leaves are no fixed buffers.
+            # Before, a model's errors would be hard to read.
             runner.compile = self._options.compiled and self._checked and not self.weights.compiled
+            runner.graphs = self._options.graphs and self._checked
             return runner
         return CpuRunner(self.base, [], 0)
 

@@ -32,6 +32,7 @@ class Sharded:
     """Implements `trainers.full.weights.Weights` for one of several processes."""
 
     compiled = True
+    kept_bytes = 0
 
     def __init__(
         self,
@@ -180,3 +181,6 @@ class Sharded:
         self.base = self._empty()
         if self._first is not None:
             self._first[1].return_()
+
+    def forget(self) -> None:
+        """Nothing is kept."""

@@ -30,6 +30,7 @@ class Weights(Protocol):
     base: Base
     masters: dict[str, nn.Parameter]
     compiled: bool
+    kept_bytes: int  # of the device, from one trial to the next
 
     def open(self, saved: Mapping[str, torch.Tensor] | None) -> None:
         """Puts the base weights in, or those of a checkpoint (fp32, on the host, by parameter)."""
@@ -54,6 +55,9 @@ class Weights(Protocol):
 
     def close(self) -> None:
         """Takes the trial out, also after an `open` that failed half-way."""
+
+    def forget(self) -> None:
+        """Gives back what is kept from one trial to the next; between trials."""
 
 
 class Pristine:
@@ -102,10 +106,14 @@ class Resident:
 
     compiled = False
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, fixed: bool = False) -> None:
+        """`fixed` gradients stay where they are, from one trial to the next, as graphs need them."""
         self.base = base
         self.masters: dict[str, nn.Parameter] = {}
         self.pristine = Pristine(base)
+        self.kept_bytes = 0
+        self._fixed = fixed
+        self._gradients: dict[str, torch.Tensor] = {}
         self._rounded: list[nn.Parameter] = []  # weights that are not their own masters, in the masters' order
         self._hooks: list[RemovableHandle] = []
 
@@ -120,6 +128,12 @@ class Resident:
                 self.masters[name] = master = nn.Parameter(weight.detach().float())
                 self._rounded.append(weight)
                 self._hooks.append(weight.register_post_accumulate_grad_hook(_gather_into(master)))
+        if self._fixed:
+            for name, master in self.masters.items():
+                if name not in self._gradients:
+                    self._gradients[name] = torch.empty_like(master)
+                master.grad = self._gradients[name].zero_()  # the trial before may have left in the middle of a step
+            self.kept_bytes = sum(gradient.nbytes for gradient in self._gradients.values())
         if saved is not None:
             check(self.masters, saved)
             with torch.no_grad():
@@ -137,9 +151,21 @@ class Resident:
 
     def stepped(self) -> None:
         """See Weights."""
-        for master in self.masters.values():
-            master.grad = None
+        if self._fixed:
+            torch._foreach_zero_(list(self._gradients.values()))
+        else:
+            for master in self.masters.values():
+                master.grad = None
         self._round()
+
+    def forget(self) -> None:
+        """See Weights."""
+        self._gradients, self.kept_bytes = {}, 0
+
+    def without_graphs(self) -> None:
+        """From the next trial on gradients are made as they come."""
+        self._fixed = False
+        self.forget()
 
     @torch.no_grad()
     def _round(self) -> None:

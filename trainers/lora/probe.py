@@ -119,9 +119,11 @@ def _stream(base: Base, train: Split, validation: Split, tokens: int) -> tuple[f
         speed = _drive(engine, RANK_STEP, _STREAMS, lambda: torch.cuda.synchronize(base.device))
     except TrialFailed:
         return None
+    peak = torch.cuda.max_memory_allocated(base.device) - before
+    engine.rest()
     if engine.micro_tokens < tokens:  # it ran out of memory and went on with less
         return None
-    return speed, torch.cuda.max_memory_allocated(base.device) - before
+    return speed, peak
 
 
 def _drive(engine: LoraEngine, rank: int, streams: int, wait: Callable[[], None]) -> float:
