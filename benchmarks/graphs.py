@@ -109,11 +109,11 @@ def full_steps(base: Base, setup: Setup, options: argparse.Namespace) -> dict[st
 
 
 def coming_back(engine: Any, setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
-    """A trial comes back to a pack whose graphs were kept; its loss is compared with that of layers as they are."""
+    """A trial comes back to a pack whose graphs were kept; its loss is compared with that of launched kernels."""
     engine.admit(draw_trials(1, options.seed, setup.shape.batch_size, 50)[0], None, None)
     kept = vars(engine.kept())
     replayed = milliseconds(lambda: float(engine.evaluate(0, options.judged).nll), 1)
-    engine._runner.graphs = engine._runner.compile = False
+    engine._runner.graphs = False
     engine.rest()
     eager = milliseconds(lambda: float(engine.evaluate(0, options.judged).nll), 1)
     return {**compared("coming back", eager, replayed), "kept": kept}

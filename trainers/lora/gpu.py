@@ -255,7 +255,7 @@ class GpuRunner:
             return self._judge(frame)
         frame.uses += 1
         key = (stream.dropout, stream.rank)
-        if self.graphs and key not in frame.graphs and frame.uses > 2:
+        if self.graphs and key not in frame.graphs and frame.uses > 1:
             self._capture(frame, key)
         if key in frame.graphs:
             self._captured = frame.graphs[key]
