@@ -55,7 +55,8 @@ DRAW: dict[str, dict[str, Any]] = {  # the learning rates are wider than anybody
 }
 # For `plan`: docs/log.md has 365,000 tokens a second in full streams of 65,536; a stream of short rows is limited by
 # launches instead. The other figures are guesses until the first recording.
-TOKENS_PER_SECOND, STREAM_SECONDS, FULL_STEP_SECONDS, EVALUATION_SECONDS, START_SECONDS = 365_000, 0.05, 0.08, 0.03, 80
+TOKENS_PER_SECOND, STREAM_SECONDS, FULL_STEP_SECONDS = 365_000, 0.04, 0.016
+EVALUATION_SECONDS, START_SECONDS = 0.014, 45
 SOLO_STEPS = 3  # before a speed counts
 
 

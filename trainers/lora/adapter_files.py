@@ -1,4 +1,4 @@
-"""A slot's adapter as a standard PEFT folder with its optimizer state: written from flat buffers and read back."""
+"""A slot's adapter as a standard PEFT folder, for others, and its state as flat buffers, to be read back."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from trainers.lora.bank import Slot
 from trainers.messages import TrialConfig
 
 ADAPTER = "adapter_model.safetensors"
+WEIGHTS = "weights"
 
 
 def lora_config(config: TrialConfig, endings: list[str]) -> LoraConfig:
@@ -85,36 +86,36 @@ def write_adapter(folder: Path, slot: Slot, name: str, endings: list[str], buffe
     config.save_pretrained(str(folder))
 
 
-def write_optimizer(folder: Path, buffers: Buffers) -> None:
-    """Writes AdamW's moments, each as the buffer that it is; none before the first step.
+def _entry(slot: Slot, name: str) -> str:
+    """What a buffer is called in a file: it says of which adapter it is, which its size alone does not."""
+    return f"{slot.config.targets}.r{slot.rank}.{name}"
 
-    By linear layer they would be hundreds of tensors, which take longer to list than to write. The buffer's layout
-    follows from model, targets and rank (trainers/lora/bank.py).
+
+def write_state_of(folder: Path, slot: Slot, buffers: Buffers) -> None:
+    """Writes the weights and AdamW's moments, each as the buffer that it is: what a slot is filled from again.
+
+    By linear layer, as others read an adapter, they are hundreds of tensors, which take ten times longer to name than
+    to copy. The buffer's layout follows from model, targets and rank (trainers/lora/bank.py).
     """
     buffers.wait()
-    save_tensors(folder / OPTIMIZER, buffers.moments)
+    tensors = {WEIGHTS: buffers.weights, **buffers.moments}
+    save_tensors(folder / OPTIMIZER, {_entry(slot, name): tensor for name, tensor in tensors.items()})
 
 
-def read_adapter(folder: Path, slot: Slot) -> None:
-    """Fills a slot's weights from a PEFT adapter. Raises CheckpointError where it is of other modules or rank."""
-    tensors = load_tensors(folder / ADAPTER)
-    weights = torch.zeros(slot.weights.shape, dtype=slot.weights.dtype)
-    mine = named(slot, weights)
-    if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in mine.items()}:
-        raise CheckpointError(f"{folder / ADAPTER}: is an adapter of other modules or rank")
-    for name, part in mine.items():
-        part.copy_(tensors[name])
+def read_state_of(folder: Path, slot: Slot, step: int) -> None:
+    """Fills a slot, and its optimizer after `step` steps. Raises CheckpointError where they are of another adapter."""
+    tensors = load_tensors(folder / OPTIMIZER)
+    names = (WEIGHTS, *(MOMENTS if step else ()))
+    expected = {_entry(slot, name): slot.weights.shape for name in names}
+    if {entry: tensor.shape for entry, tensor in tensors.items()} != expected:
+        raise CheckpointError(f"{folder / OPTIMIZER}: is of an adapter of other modules or rank")
+    weights, *moments = (tensors[_entry(slot, name)] for name in names)
     slot.put(weights)
-
-
-def read_optimizer(folder: Path, slot: Slot, step: int) -> None:
-    """Gives AdamW its moments and step count back. Raises CheckpointError where they are of another adapter."""
-    if step == 0:
-        return
-    moments = load_tensors(folder / OPTIMIZER)
-    if {name: t.shape for name, t in moments.items()} != dict.fromkeys(MOMENTS, slot.weights.shape):
-        raise CheckpointError(f"{folder / OPTIMIZER}: is of another adapter")
-    device = slot.weights.device
-    # Copied: what safetensors loads may be a view of the file, and AdamW writes into its moments.
-    there = {name: moment.to(device, slot.weights.dtype, copy=True) for name, moment in moments.items()}
-    slot.optimizer.state[slot.weights] = {"step": torch.tensor(float(step), device=device), **there}
+    if moments:
+        device, dtype = slot.weights.device, slot.weights.dtype
+        # Copied: what safetensors loads may be a view of the file, and AdamW writes into its moments.
+        there = (moment.to(device, dtype, copy=True) for moment in moments)
+        slot.optimizer.state[slot.weights] = {
+            "step": torch.tensor(float(step), device=device),
+            **dict(zip(MOMENTS, there, strict=True)),
+        }

@@ -160,8 +160,7 @@ class LoraEngine:
         make = Slot.fresh if checkpoint is None else Slot.empty
         slot = make(config, self._layout, self.base.model.dtype, self.base.device)
         if checkpoint is not None:
-            adapter_files.read_adapter(checkpoint, slot)
-            adapter_files.read_optimizer(checkpoint, slot, state.step)
+            adapter_files.read_state_of(checkpoint, slot, state.step)
         plan = batches(config, rows)
         health = Health(len(plan), resumed=state.step > 0)
         return Live(
@@ -441,7 +440,7 @@ class LoraEngine:
                 return
             with write_folder(folder) as temporary:
                 adapter_files.write_adapter(temporary, live.slot, self.base.name, endings, buffers)
-                adapter_files.write_optimizer(temporary, buffers)
+                adapter_files.write_state_of(temporary, live.slot, buffers)
                 write_state(temporary, state)
 
         return write
