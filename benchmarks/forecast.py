@@ -9,9 +9,10 @@ a trial took after each rung is known. `--folder` keeps that recording; it may b
 other recorded study may.
 
 The measurements are replayed in the order in which they arrived. At each rung of a trial that came to its end, the
-forecast of the rest of it (training, evaluations and checkpoints) is compared with what the rest took. Besides, each
-measurement is forecast just before it is learned, from the second of its kind on. `covered` is the share inside the
-80 % interval, `error` the median of |forecast / taken - 1|.
+forecast of the rest of it (training, evaluations and checkpoints) is compared with what the rest took. With how many
+others it shared the machine on its way is taken as known, since that is the search's doing. Besides, each measurement
+is forecast just before it is learned, from the second of its kind on. `covered` is the share inside the 80 % interval,
+`error` the median of |forecast / taken - 1|.
 
 The exit code is 1 if there is nothing to compare.
 """
@@ -124,17 +125,9 @@ def pairs(connection: Connection, name: str) -> list[Pair]:
         projector.observe_evaluation(config, row)
         rest = [r for r in rows if r.trial == row.trial and r.rung > row.rung]
         if _whole(row, rest, projector.plan.last):
-            standing = dataclasses.replace(
-                records.newcomer(config),
-                state="live",
-                slot="its own",
-                rung=row.rung,
-                target=row.rung + 1,
-                tokens=row.tokens,
-            )
             taken = sum(r.train_ms + r.evaluate_ms + r.checkpoint_ms for r in rest) / 1000
             share = projector.plan.rungs[row.rung] / projector.plan.run_tokens
-            found.append(Pair(f"rest at {share:.0%}", projector.to_end(standing), taken))
+            found.append(Pair(f"rest at {share:.0%}", projector.known_widths(config, rest), taken))
     return found
 
 
@@ -149,7 +142,7 @@ def _next_ones(projector: Projector, config: Any, row: Any) -> list[Pair]:
     """The forecasts of one row's measurements from what was learned before them."""
     candidates = [
         ("train", projector.train(config, row.train_tokens, row.width), row.train_ms),
-        ("evaluate", projector.evaluation(row.evaluate_tokens), row.evaluate_ms),
+        ("evaluate", projector.evaluation(config.method, row.evaluate_tokens), row.evaluate_ms),
         ("checkpoint", projector.checkpoint(config.method), row.checkpoint_ms),
     ]
     known = projector.forecast.measured

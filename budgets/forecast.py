@@ -6,8 +6,14 @@ each kind of work, corrects the prior: a common factor (the guess of the machine
 3x), one for full-parameter training, batch size, row length, targets and rank, and one for the trial itself.
 
 Trials that train at once share the machine by their tokens. A part of what a step costs is fixed, and all of them share
-it, so that with n at once a token costs p (1 + r / n). The logarithm of that is linear in 1 - 1/n where r is small, and
-in log n where it is large; in both together it is so within 2 % up to 8 trials, 5 % up to 16 (`beside`, `log_width`).
+it, so that with n at once a token costs p (1 + r / n). On a GPU r is a part of the prior (`floor_seconds`): learned
+from wide packs that are still warming up, it makes a trial alone many times too dear. Elsewhere it is learned: the
+logarithm is linear in 1 - 1/n where r is small, and in log n where it is large; in both together it is so within 2 % up
+to 8 trials, 5 % up to 16 (`beside`, `log_width`). A stretch that n trials shared was measured once and not n times, so
+each of them counts as an n-th of a measurement.
+
+Machines warm up, and are slower beside others. So the factors, to which all measurements say the same, are joined by a
+level, which follows the last few (`_Model.follow`).
 
 Every measurement is forecast before it is learned, so how well forecasts hold is known at any time (`calibration`), and
 intervals are as much wider or narrower than the model's assumptions as the measurements so far turned out to be.
@@ -36,7 +42,12 @@ SURPRISE = 20.0  # sd of the common factor once anything was measured (_Model.le
 SCALES = {"common": 1.5, "full": 0.7, "log_batch": 0.3, "log_row": 0.2, "attention": 0.25, "mlp": 0.2, "rank": 0.2}
 SCALES |= {"beside": 0.5, "log_width": 0.5}
 
+FLOOR_A_LAYER = 0.0005  # seconds that a GPU takes for a layer of a training step, forward and backward, at least
+
 _COMMON = list(SCALES).index("common")
+
+# How the level follows the machine: the gain of one measurement, and the sd of where the level will go from here.
+GAIN, DRIFT = 0.3, 0.1
 
 # How the spread of forecasts adapts (_Model.judge).
 ASSUMED = 5  # so many measurements the assumptions count for
@@ -75,6 +86,11 @@ class Work:
         """The features in units of what they may do, float64 [len(SCALES)]."""
         return np.array([sd * self.features.get(name, name == "common") for name, sd in SCALES.items()])
 
+    @property
+    def engine(self) -> float:
+        """Works that the same engine does share a level."""
+        return self.features.get("full", 0.0)
+
 
 Piece = tuple[Work, float]  # some work and how many units of it
 
@@ -99,20 +115,33 @@ def flops_per_token(parameters: int, method: str, adapter: int = 0) -> float:
     return 4.0 * parameters + 6.0 * adapter if method == "lora" else 6.0 * parameters
 
 
+def floor_seconds(layers: float, tokens: float) -> float:
+    """What a token of a step of so many tokens takes a GPU at least: layers are launched, however little they do.
+
+    Half a millisecond a layer: on an H100 captured steps of a model of 30 layers took 10 to 14 ms for one or two trials
+    of a few hundred tokens (2026-11-26, docs/log.md).
+    """
+    return FLOOR_A_LAYER * layers / max(tokens, 1.0)
+
+
 class Forecast:
     """Learns from `observe`, answers `seconds`. Deterministic: the same measurements give the same forecasts."""
 
     def __init__(self) -> None:
         self._models: dict[str, _Model] = {}
 
-    def observe(self, work: Work, units: float, seconds: float) -> None:
-        """Learns that `units` (tokens, or 1) took `seconds`. What is too short to measure is left out."""
+    def observe(self, work: Work, units: float, seconds: float, width: float = 1.0) -> None:
+        """Learns that `units` (tokens, or 1) took `seconds`, which are an equal share of what `width` trials took
+        together. What is too short to measure is left out."""
         if units <= 0 or seconds <= 0:
             return
         model = self._models.setdefault(work.kind, _Model())
         if model.measured:
             model.judge(self.seconds(work, units), seconds)
-        model.learn(work, math.log(seconds / units) - math.log(work.prior_seconds), _noise(seconds))
+        ratio = math.log(seconds / units) - math.log(work.prior_seconds)
+        if model.measured:
+            model.follow(work, ratio, 1 / width)
+        model.learn(work, ratio, _noise(seconds * width) * math.sqrt(width))
 
     def measured(self, kind: str) -> int:
         """How many measurements of this kind stand behind the forecasts."""
@@ -140,7 +169,7 @@ class Forecast:
         mean = spread = 0.0
         for kind in sorted({work.kind for work, units in pieces if units > 0}):
             mine = [(work, units) for work, units in pieces if work.kind == kind and units > 0]
-            logs, covariance, scale = self._models.get(kind, _UNTAUGHT).joint([work for work, _ in mine])
+            logs, covariance, scale = self._models.get(kind, _UNTAUGHT).predict([work for work, _ in mine])
             each = np.array([units * work.prior_seconds for work, units in mine]) * np.exp(logs)
             covariance += np.diag([_noise(seconds) ** 2 for seconds in each])
             mean += float(each.sum())
@@ -183,6 +212,7 @@ class _Model:
         self.inside = 0
         self.errors: list[float] = []
         self.scale = 1.0  # of all predictive sd
+        self._levels: dict[float, tuple[float, float]] = {}  # by engine, see _level
         self._owners: dict[str, _Owner] = {}
         self._information = np.eye(len(SCALES))
         self._toward = np.zeros(len(SCALES))
@@ -227,6 +257,32 @@ class _Model:
         # By the Sherman-Morrison formula for the inverse of diag(noise**2) + TRIAL**2 among one trial's measurements.
         self._information += sign * owner.own * np.outer(owner.rows, owner.rows)
         self._toward += sign * owner.own * owner.total * owner.rows
+
+    def follow(self, work: Work, ratio: float, weight: float) -> None:
+        """Moves the level by a part of what a measurement that is about to be learned is off; `weight`: as how many
+        measurements it counts.
+
+        It is an average with weights that fade. One that has moved by more than measurements differ will move again.
+        """
+        level, drift = self._level(work.engine)
+        usual = NOISE**2 + TRIAL**2
+        farthest = OUTLIER * self.scale * math.sqrt(usual + drift)
+        moved = ratio - float(self.joint([work])[0][0]) - level
+        moved = min(max(moved, -farthest), farthest)
+        gain = 1 - (1 - GAIN) ** weight
+        drift += gain * (max(moved**2 - usual, DRIFT**2) - drift)
+        self._levels[work.engine] = level + gain * moved, drift
+
+    def _level(self, engine: float) -> tuple[float, float]:
+        """The level now, in log seconds, and the variance of how far it will have moved by then."""
+        return self._levels.get(engine, (0.0, DRIFT**2 if self.measured else 0.0))
+
+    def predict(self, works: Sequence[Work]) -> tuple[Array, Array, float]:
+        """`joint` at the present level, which may be another one by then: for all that one engine does alike."""
+        means, covariance, scale = self.joint(works)
+        engines = np.array([work.engine for work in works])
+        levels, drifts = np.array([self._level(engine) for engine in engines]).T
+        return means + levels, covariance + drifts * (engines[:, None] == engines[None, :]), scale
 
     def joint(self, works: Sequence[Work]) -> tuple[Array, Array, float]:
         """Mean and covariance of the log ratios of several works, noise apart, and the factor of their sd."""

@@ -325,7 +325,7 @@ class Race:
         seconds = affordable_ms(money.micros_per_hour, max(left - money.overhead, 0)) / 1000
         seconds -= sum(self.projector.to_end(trial).mean for trial in self._under_way())
         if not self.examined:
-            seconds -= self.projector.examined(confirms=True).high
+            seconds -= self.projector.examined(self.study.spec.search.method[0], confirms=True).high
         # A spot machine's time is held at its ceiling.
         dearer = self.study.tariff.ceiling / max(money.micros_per_hour, 1)
         return seconds - max(dearer * lengths.tail / 1000 - ending, 0.0)

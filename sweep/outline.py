@@ -306,6 +306,7 @@ class _Forecasts:
     def __init__(self, study: Study, projector: Projector, slots: int) -> None:
         self.study, self.spec, self.projector = study, study.spec, projector
         self.slots = slots
+        self._first = self.spec.search.method[0]  # whose engine judges the untrained model
         self.configs = {method: drawn_configs(self.spec, method, projector.plan.examples) for method in METHODS}
         self.costs = {method: self._costs(method) for method in METHODS}
 
@@ -331,8 +332,8 @@ class _Forecasts:
         plan, known, configs = self.projector.plan, self.projector, self.configs[method]
         ends = [*plan.rungs, plan.run_tokens]
         lengths = [end - start for start, end in zip([0, *plan.rungs], ends, strict=True)]
-        seen = [known.evaluation(plan.rung_tokens).mean] * plan.last
-        seen.append(known.evaluation(plan.validation_tokens).mean + known.examined(confirms=False).mean)
+        seen = [known.evaluation(method, plan.rung_tokens).mean] * plan.last
+        seen.append(known.evaluation(method, plan.validation_tokens).mean + known.examined(method, confirms=False).mean)
 
         def stretches(width: float) -> tuple[float, ...]:
             trained = [fmean(known.train(config, tokens, width).mean for config in configs) for tokens in lengths]
@@ -351,7 +352,7 @@ class _Forecasts:
 
     def start(self) -> float:
         """Seconds until a worker can train, the untrained model's loss, and the worker's end."""
-        base = self.projector.evaluation(self.projector.plan.validation_tokens).mean
+        base = self.projector.evaluation(self._first, self.projector.plan.validation_tokens).mean
         return self.projector.load().mean + base + slices.EXIT_MS / 1000
 
     def search(self, slower: float) -> Rehearsed:
@@ -418,7 +419,7 @@ class _Forecasts:
     def phases(self, search: Rehearsed, start: float, race: _Race | None, last: Seconds) -> list[Phase]:
         """The cap's parts by cost centre; what remains is left."""
         beside = start + search.beside + (0.0 if race is None else race.beside)
-        beside += self.projector.examined(confirms=True).mean if race is not None and race.entered else 0.0
+        beside += self.projector.examined(self._first, confirms=True).mean if race is not None and race.entered else 0.0
         parts: list[tuple[str, float, float | None]] = [("search", sum(search.spent), search.started)]
         parts.append(("confirmation", race.seconds if race else 0.0, len(race.entered) * race.seeds if race else 0))
         parts += [("finale", last.mean, float(last.mean > 0)), ("overhead", beside, None)]
@@ -446,7 +447,7 @@ class _Forecasts:
         """What the race keeps back: see endgame.Race.left."""
         known, methods = self.projector, self.spec.search.method
         tail = slices.tail_ms(MARGIN * known.tail(methods, self.slots, confirms=True).mean) / 1000
-        return MARGIN * known.examined(confirms=True).mean + max(tail - known.ending(methods).mean, 0.0)
+        return MARGIN * known.examined(self._first, confirms=True).mean + max(tail - known.ending(methods).mean, 0.0)
 
     def _seats(self) -> Mapping[Method, int]:
         return {"lora": self.slots, "full": 1}

@@ -10,12 +10,12 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from budgets.forecast import Forecast, Piece, Seconds, Work, flops_per_token
+from budgets.forecast import Forecast, Piece, Seconds, Work, floor_seconds, flops_per_token
 from sweep import records, seats
 from sweep.pricing import SECONDS_A_TOKEN
 from sweep.records import Study, TrialRow
 from sweep.tables import CONFIRMATIONS
-from trainers.messages import Checkpointed, Evaluated, Paused, TrialConfig
+from trainers.messages import Checkpointed, Evaluated, Method, Paused, TrialConfig
 
 # Effective FLOP/s before anything was measured. Small models reach far less of a GPU than large ones; the first
 # evaluations correct this by whatever factor it is wrong.
@@ -32,6 +32,9 @@ CHOICES = 4  # of a label, where the spec names none
 SNAPSHOT_SECONDS = 0.02  # what an adapter's checkpoint keeps a GPU from training: it is written beside others' training
 # Of a full-parameter trial's state, what is written at its end: bf16 weights without masters and moments.
 MODEL_SHARE = 2 / 14
+# An evaluation's forward pass over training's floor, by method: adapters are judged uncaptured, 104 ms at least where a
+# model of 30 layers alone takes 22 (an H100, 2026-11-26).
+EVALUATION_FLOORS = {"lora": 7.0, "full": 1.5}
 LEAST_MS = 0.5  # of what was measured as less than one
 FREE = 1e-6  # seconds of what costs nothing where tokens are paid for
 
@@ -106,12 +109,14 @@ class Projector:
         probes: bool = False,
         examination: Examination = Examination(),
         flops: float | None = None,
+        layers: int = 0,
     ) -> None:
         """`unit` Mtok: the meter runs on tokens (sweep/pricing.py), so what a token takes is known.
 
         `per_rank`: by targets, how many parameters an adapter has for each unit of rank, where the launch saw them.
         `probes`: a worker may have to find its slots before it is ready. `examination`: what comes after a last
-        evaluation. `flops`: a second, as an earlier study measured them on such a machine.
+        evaluation. `flops`: a second, as an earlier study measured them on such a machine. `layers`: of the model, each
+        of which a GPU needs a while for, however little it does.
         """
         self.plan = plan
         self.parameters = parameters
@@ -126,7 +131,10 @@ class Projector:
         self._replayed = device == "replay"
         self._on_gpu = device not in {"cpu", "replay"}
         self._model_share = 1.0 if self._replayed else MODEL_SHARE
-        self.flops = flops or (next(known, OTHER_GPU_FLOPS) if self._on_gpu else CORE_FLOPS * cores)
+        guess = next(known, OTHER_GPU_FLOPS) if self._on_gpu else CORE_FLOPS * cores
+        self.flops = flops or guess
+        # A machine that was found to be slower than the guess is slower in all that it does.
+        self._layers = layers * guess / self.flops if self._on_gpu else 0.0
 
     def observe(self, config: TrialConfig, event: Evaluated | Paused | Checkpointed) -> None:
         """Learns from what a worker says of a trial."""
@@ -137,15 +145,16 @@ class Projector:
 
     def observe_evaluation(self, config: TrialConfig, row: Any) -> None:
         """Learns from a stretch of training that ended in an evaluation (an Evaluated event, or its row)."""
-        self._learn(self._train(config, row.width), row.train_tokens, row.train_ms)
-        self._learn(self._evaluate(), row.evaluate_tokens, row.evaluate_ms)
+        width = row.width if config.method == "lora" else 1.0
+        self._learn(self._train(config, width), row.train_tokens, row.train_ms, width)
+        self._learn(self._evaluate(config.method, row.evaluate_tokens), row.evaluate_tokens, row.evaluate_ms)
         written = self._kept(config.method, row.full_loss is not None)
         # A full-parameter trial that was written just before it was judged says 0, and nothing of what that took.
         if written and (row.checkpoint_ms or config.method == "lora"):
             self._learn(self._piece("checkpoint", config.method), written, row.checkpoint_ms)
             self._learn(self._piece("write", config.method), written, row.write_ms or row.checkpoint_ms)
         if row.examine_ms:
-            self._learn(self._reading(), self._examined(_confirms(config)), row.examine_ms)
+            self._learn(self._reading(config.method), self._examined(_confirms(config)), row.examine_ms)
         if row.full_loss is not None:  # at its end; all trials of a study train on the same examples, but for a finale
             self._run_tokens = round(row.tokens * self.plan.examples / config.examples)
 
@@ -155,11 +164,11 @@ class Projector:
         other.plan, other._run_tokens = plan, plan.run_tokens
         return other
 
-    def _learn(self, work: Work, units: float, ms: int) -> None:
+    def _learn(self, work: Work, units: float, ms: int, width: float = 1.0) -> None:
         # What takes less than a millisecond, such as a checkpoint that is written beside training, reads 0. Left out it
         # would be taken for as dear as its first guess for ever. On a meter of tokens 0 is exact.
         if ms or not self._metered_by_token:
-            self.forecast.observe(work, units, max(ms, LEAST_MS) / 1000)
+            self.forecast.observe(work, units, max(ms, LEAST_MS) / 1000, width)
 
     def observe_state(self, ms: int) -> None:
         """Learns how long a full-parameter trial's whole state took to write."""
@@ -178,45 +187,47 @@ class Projector:
         """From the launch of a worker until it is ready, and what it then compiles, where workers do."""
         return self.forecast.total(self._start())
 
-    def tail(self, methods: tuple[str, ...], slots: int, *, confirms: bool = False) -> Seconds:
+    def tail(self, methods: tuple[Method, ...], slots: int, *, confirms: bool = False) -> Seconds:
         """A last evaluation and the checkpoints of all slots on the disk, of which a full-parameter trial has one.
 
         `confirms`: that evaluation may be a confirmation's.
         """
-        each = [self._written(method, slots if method == "lora" else 1) for method in methods]
-        return max(each, key=lambda seconds: seconds.high) + self._last(confirms=confirms)
+        counts = {method: slots if method == "lora" else 1 for method in methods}
+        each = [self._written(m, count) + self._last(m, confirms=confirms) for m, count in counts.items()]
+        return max(each, key=lambda seconds: seconds.high)
 
-    def ending(self, methods: tuple[str, ...]) -> Seconds:
+    def ending(self, methods: tuple[Method, ...]) -> Seconds:
         """What comes after the training of one confirmation: evaluation, examination, checkpoint."""
-        each = [self._written(method, self._kept(method, True)) for method in methods]
-        return max(each, key=lambda seconds: seconds.high) + self._last(confirms=True)
+        each = [self._written(m, self._kept(m, True)) + self._last(m, confirms=True) for m in methods]
+        return max(each, key=lambda seconds: seconds.high)
 
-    def examined(self, *, confirms: bool) -> Seconds:
+    def examined(self, method: Method, *, confirms: bool) -> Seconds:
         """What is measured at a trial's end beyond its loss."""
-        return self.forecast.total(self._examine(confirms))
+        return self.forecast.total(self._examine(method, confirms))
 
-    def _examine(self, confirms: bool) -> list[Piece]:
+    def _examine(self, method: Method, confirms: bool) -> list[Piece]:
         tokens = self._examined(confirms)
         # Until one was measured it is read as fast as an evaluation is, as far as that was measured.
-        work = self._reading() if self.forecast.measured("examine") else self._evaluate()
-        return [(work, tokens)] if tokens else []
+        known = self.forecast.measured("examine")
+        return [(self._reading(method) if known else self._evaluate(method, tokens), tokens)] if tokens else []
 
     def _examined(self, confirms: bool) -> float:
         return self._examination.metric + (self._examination.scores if confirms else 0.0)
 
-    def _reading(self) -> Work:
-        return Work("examine", self._evaluate().prior_seconds)
+    def _reading(self, method: Method) -> Work:
+        work = self._evaluate(method, self._examined(confirms=True))
+        return Work("examine", work.prior_seconds, work.features)
 
-    def _last(self, *, confirms: bool) -> Seconds:
-        return self.evaluation(self.plan.validation_tokens) + self.examined(confirms=confirms)
+    def _last(self, method: Method, *, confirms: bool) -> Seconds:
+        return self.evaluation(method, self.plan.validation_tokens) + self.examined(method, confirms=confirms)
 
     def _written(self, method: str, count: float) -> Seconds:
         one = self.forecast.seconds(self._piece("write", method))
         return Seconds(one.mean * count, one.low * count, one.high * count)
 
-    def evaluation(self, tokens: int) -> Seconds:
-        """An evaluation of so many tokens."""
-        return self.forecast.seconds(self._evaluate(), tokens)
+    def evaluation(self, method: Method, tokens: int) -> Seconds:
+        """An evaluation of so many tokens, by a method's engine; the base model is evaluated as an adapter is."""
+        return self.forecast.seconds(self._evaluate(method, tokens), tokens)
 
     def checkpoint(self, method: str) -> Seconds:
         """What one trial's checkpoint keeps the machine from training."""
@@ -246,6 +257,16 @@ class Projector:
         What a pack saves is not counted on for the end: the last one to train has nobody to share the machine with.
         """
         return self.forecast.total(self._whole(trial))
+
+    def known_widths(self, config: TrialConfig, rows: Sequence[Any]) -> Seconds:
+        """What stretches take that were measured, as if their widths alone were known: what forecasts are judged by."""
+        pieces: list[Piece] = []
+        for row in rows:
+            kept = self._kept(config.method, row.full_loss is not None)
+            pieces += [(self._train(config, row.width), row.train_tokens)]
+            pieces += [(self._evaluate(config.method, row.evaluate_tokens), row.evaluate_tokens)]
+            pieces += [(self._piece("checkpoint", config.method), kept)]
+        return self.forecast.total(pieces)
 
     def confirmation(self, trial: TrialRow, width: float) -> Seconds:
         """A confirmation's way to its end among `width` that train at once, its examination included."""
@@ -302,8 +323,8 @@ class Projector:
             final = target >= self.plan.last
             seen = self.plan.validation_tokens if final else self.plan.rung_tokens
             kept = self._kept(config.method, final)
-            pieces += [(self._evaluate(), seen), (self._piece("checkpoint", config.method), kept)]
-        return pieces + (self._examine(_confirms(config)) if last >= self.plan.last else [])
+            pieces += [(self._evaluate(config.method, seen), seen), (self._piece("checkpoint", config.method), kept)]
+        return pieces + (self._examine(config.method, _confirms(config)) if last >= self.plan.last else [])
 
     def _seat(self, trial: TrialRow) -> list[Piece]:
         parked = trial.slot is None and trial.checkpoint
@@ -315,24 +336,27 @@ class Projector:
 
     def _train(self, config: TrialConfig, width: float) -> Work:
         width = width if config.method == "lora" else 1.0
+        row = self.plan.run_tokens / self.plan.examples
         features = {
             "full": float(config.method == "full"),
             "log_batch": math.log(config.batch_size / USUAL_BATCH),
-            "log_row": math.log(self.plan.run_tokens / self.plan.examples / USUAL_ROW),
+            "log_row": math.log(row / USUAL_ROW),
             "attention": float(config.targets == "attention"),
             "mlp": float(config.targets == "mlp"),
             "rank": (config.rank or 0) / 64,
-            "beside": 1 - 1 / width,
-            "log_width": math.log(width),
         }
+        if not self._layers:  # what of a step is fixed is learned from the widths that were measured
+            features |= {"beside": 1 - 1 / width, "log_width": math.log(width)}
         adapter = (config.rank or 0) * self._per_rank.get(config.targets or "", 0)
         prior = flops_per_token(self.parameters, config.method, adapter) / self.flops
+        prior += floor_seconds(self._layers, width * config.batch_size * row)
         prior = SECONDS_A_TOKEN if self._metered_by_token else prior
         return Work("train", prior, features, owner=str(config.number))
 
-    def _evaluate(self) -> Work:
-        prior = SECONDS_A_TOKEN if self._metered_by_token else 2.0 * self.parameters / self.flops
-        return Work("evaluate", prior)
+    def _evaluate(self, method: Method, tokens: float) -> Work:
+        prior = 2.0 * self.parameters / self.flops + EVALUATION_FLOORS[method] * floor_seconds(self._layers, tokens)
+        prior = SECONDS_A_TOKEN if self._metered_by_token else prior
+        return Work("evaluate", prior, {"full": float(method == "full")})
 
     def _piece(self, kind: str, method: str) -> Work:
         full = method == "full"
@@ -357,7 +381,7 @@ def from_facts(
     """The forecasts that follow from what a launch saw; see Projector."""
     per_rank = facts.get("trained_parameters_per_rank")
     known = plan(facts), facts["parameters"], facts["device"], facts["cores"]
-    return Projector(*known, unit, per_rank, probes, examination, facts.get("flops"))
+    return Projector(*known, unit, per_rank, probes, examination, facts.get("flops"), facts.get("layers", 0))
 
 
 def _confirms(config: TrialConfig) -> bool:

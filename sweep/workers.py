@@ -293,7 +293,7 @@ class Workers:
             for config in configs
             for at_once in [slots if config.method == "lora" else 1]
         ]
-        return max(*steps, self.projector.evaluation(plan.rung_tokens).mean)
+        return max(*steps, *(self.projector.evaluation(m, plan.rung_tokens).mean for m in search.method))
 
     def _row(self, identifier: str) -> WorkerRow:
         with self.store.read() as connection:

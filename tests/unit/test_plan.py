@@ -180,7 +180,7 @@ def test_what_was_probed_replaces_the_priors() -> None:
     prior = untaught(study)
     for config in drawn_configs(spec, "lora", projector.plan.examples):
         slow = {"train_ms": round(1e4 * prior.train(config, 20_000).mean)}
-        slow |= {"evaluate_ms": round(1e4 * prior.evaluation(12_800).mean)}
+        slow |= {"evaluate_ms": round(1e4 * prior.evaluation("lora", 12_800).mean)}
         projector.observe_evaluation(config, SimpleNamespace(**row, **slow))
     known = planned(spec, Probed(projector, 1, 12.0))
     assert guessed.probe_seconds is None and known.probe_seconds == 12.0

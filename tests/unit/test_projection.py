@@ -135,6 +135,37 @@ def test_a_pack_is_projected_at_its_present_width() -> None:
     assert at_four == projector.to_target(full), "a full-parameter trial has the machine to itself"
 
 
+def test_a_gpu_takes_a_while_for_a_step_however_short() -> None:
+    """Proves the floor: before anything was measured a small model's step on a GPU is no faster than its layers can be
+    launched, so that a pack of short streams saves most of it; long streams and CPUs know nothing of it."""
+    gpu = Projector(PLAN, 135_000_000, "NVIDIA H100 80GB HBM3", 16, layers=30)
+    step = 16 * PLAN.run_tokens // PLAN.examples
+    alone, packed = (gpu.train(config(0, batch_size=16), step, width) for width in (1.0, 32.0))
+    assert alone.low < 0.011 < 0.015 < alone.mean < 0.03 < alone.high
+    assert 3 < alone.mean / packed.mean < 4, "a step of 1,600 tokens is mostly arithmetic in a pack of 32"
+    full = gpu.train(config(1, method="full", rank=None, alpha=None, targets=None, batch_size=16), step)
+    assert full.low < 0.015 < 0.075 < full.high, "what was measured with graphs and without them"
+    long = dataclasses.replace(PLAN, run_tokens=400_000)
+    large = Projector(long, 8_000_000_000, "NVIDIA H100 80GB HBM3", 16, layers=32)
+    assert large.train(config(0), step).mean < 1.05 * large.train(config(0), step, 8).mean
+    cpu = [Projector(PLAN, 135_000_000, "cpu", 2, layers=layers).train(config(0), step).mean for layers in (0, 30)]
+    assert cpu[0] == cpu[1]
+
+
+def test_a_trial_alone_is_forecast_no_dearer_than_the_pack_that_was_measured() -> None:
+    """Proves that narrow packs are not forecast many times too dear where only wide ones were measured, slow at first:
+    a step alone takes no longer than one of the whole pack did."""
+    gpu = Projector(PLAN, 135_000_000, "NVIDIA H100 80GB HBM3", 16, layers=30)
+    for turn, milliseconds in enumerate((400, 140, 90, 60, 50, 45, 45, 45)):
+        for number in range(20 * turn, 20 * turn + 20):
+            row = measured(1_600, milliseconds / 20 / 1000)
+            row.train_tokens, row.train_ms, row.width = 1_600, milliseconds, 20.0 + turn % 2
+            gpu.observe_evaluation(config(number, batch_size=16), row)
+    alone, packed = (gpu.train(config(999, batch_size=16), 1_600, width).mean for width in (1, 20))
+    assert math.isclose(packed, 0.045, rel_tol=0.25)
+    assert alone < 20 * packed
+
+
 def test_the_tail_pays_for_every_slot() -> None:
     """Proves that a slice's tail holds the checkpoints of a whole pack, and one of a full-parameter trial."""
     projector = taught()
@@ -158,7 +189,7 @@ def test_a_full_parameter_trials_state_is_paid_for_where_it_is_written() -> None
     assert math.isclose(projector.checkpoint("full").mean, 49.0, rel_tol=0.05)
     assert projector.kept("lora", False) == projector.kept("lora", True) == projector.checkpoint("lora")
     stands = trial(30, config=config(30, **full), tokens=1_000, rung=0, target=1)
-    at_rung = projector.train(stands.config, 1_500).mean + projector.evaluation(PLAN.rung_tokens).mean
+    at_rung = projector.train(stands.config, 1_500).mean + projector.evaluation("full", PLAN.rung_tokens).mean
     assert math.isclose(projector.to_target(stands).mean, at_rung, rel_tol=1e-9)
 
 
@@ -172,7 +203,7 @@ def test_checkpoints_beside_training_cost_nothing_and_the_tail_is_what_their_wri
         row.checkpoint_ms, row.write_ms = 0, 100
         projector.observe_evaluation(config(number), row)
     assert projector.checkpoint("lora").high < 0.01
-    writes = projector.tail(("lora",), 32).high - projector.evaluation(PLAN.validation_tokens).high
+    writes = projector.tail(("lora",), 32).high - projector.evaluation("lora", PLAN.validation_tokens).high
     assert 32 * 0.1 < writes < 32 * 0.15 < unknown / 5
 
 

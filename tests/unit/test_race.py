@@ -283,12 +283,12 @@ def test_what_is_measured_beyond_the_loss_is_forecast_and_learned(connection: Co
     projector = untaught(study)
     trial = records.trials(connection, "words")[1]
     run = records.newcomer(confirmation(trial, 1, 0))
-    every, confirmed = (projector.examined(confirms=confirms).mean for confirms in (False, True))
+    every, confirmed = (projector.examined("lora", confirms=confirms).mean for confirms in (False, True))
     generated = 64 * study.spec.objective.max_new_tokens
-    assert every > projector.evaluation(generated).mean, "a generated token takes longer than an evaluated one"
+    assert every > projector.evaluation("lora", generated).mean, "a generated token takes longer than an evaluated one"
     assert confirmed > every and examination(study).scores > examination(study).metric
     tails = [projector.tail(("lora",), 1, confirms=confirms).high for confirms in (False, True)]
-    assert tails[1] > tails[0] > projector.examined(confirms=False).high
+    assert tails[1] > tails[0] > projector.examined("lora", confirms=False).high
     ends = [projector.to_end(dataclasses.replace(row, target=4)).mean for row in (records.newcomer(trial.config), run)]
     assert ends[1] - ends[0] == pytest.approx(confirmed - every, rel=0.05)
     took = {
@@ -301,4 +301,4 @@ def test_what_is_measured_beyond_the_loss_is_forecast_and_learned(connection: Co
     stretch = {"tokens": 2_000, "train_tokens": 2_000, "evaluate_tokens": 1_300, "width": 1.0, "full_loss": 2.0}
     for _ in range(3):
         projector.observe_evaluation(run.config, SimpleNamespace(**took, **stretch))
-    assert projector.examined(confirms=True).mean == pytest.approx(3 * confirmed, rel=0.1)
+    assert projector.examined("lora", confirms=True).mean == pytest.approx(3 * confirmed, rel=0.1)
