@@ -212,7 +212,7 @@ class _Model:
         self.inside = 0
         self.errors: list[float] = []
         self.scale = 1.0  # of all predictive sd
-        self._levels: dict[float, tuple[float, float]] = {}  # by engine, see _level
+        self._levels: dict[float, tuple[float, float, float]] = {}  # by engine, see _level
         self._owners: dict[str, _Owner] = {}
         self._information = np.eye(len(SCALES))
         self._toward = np.zeros(len(SCALES))
@@ -264,24 +264,24 @@ class _Model:
 
         It is an average with weights that fade. One that has moved by more than measurements differ will move again.
         """
-        level, drift = self._level(work.engine)
+        level, drift, before = self._level(work.engine)
         usual = NOISE**2 + TRIAL**2
         farthest = OUTLIER * self.scale * math.sqrt(usual + drift)
         moved = ratio - float(self.joint([work])[0][0]) - level
         moved = min(max(moved, -farthest), farthest)
         gain = 1 - (1 - GAIN) ** weight
-        drift += gain * (max(moved**2 - usual, DRIFT**2) - drift)
-        self._levels[work.engine] = level + gain * moved, drift
+        drift = max(drift + gain * (moved * before - drift), DRIFT**2)
+        self._levels[work.engine] = level + gain * moved, drift, moved
 
-    def _level(self, engine: float) -> tuple[float, float]:
-        """The level now, in log seconds, and the variance of how far it will have moved by then."""
-        return self._levels.get(engine, (0.0, DRIFT**2 if self.measured else 0.0))
+    def _level(self, engine: float) -> tuple[float, float, float]:
+        """The level now, in log seconds, the variance of how far it will have moved by then, and its last move."""
+        return self._levels.get(engine, (0.0, DRIFT**2 if self.measured else 0.0, 0.0))
 
     def predict(self, works: Sequence[Work]) -> tuple[Array, Array, float]:
         """`joint` at the present level, which may be another one by then: for all that one engine does alike."""
         means, covariance, scale = self.joint(works)
         engines = np.array([work.engine for work in works])
-        levels, drifts = np.array([self._level(engine) for engine in engines]).T
+        levels, drifts, _ = np.array([self._level(engine) for engine in engines]).T
         return means + levels, covariance + drifts * (engines[:, None] == engines[None, :]), scale
 
     def joint(self, works: Sequence[Work]) -> tuple[Array, Array, float]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from budgets.ledger import Ledger
 from sweep import current, endgame, feasibility, finale, records, rungs, seats, space, stopping, telling, triage, turns
 from sweep.allocation import allocation_of
 from sweep.apply import apply
@@ -157,6 +156,8 @@ class Sweep:
         if renews and self.workers.renewal_due(worker, self._lengths, self._gap_ms):
             self.launcher.send(folder, self._slice(self.workers.renew(worker, self._lengths)))
             return True
+        if renews and self.study.timings is None and self._search_is_over(worker):
+            return True
         events = self.launcher.read_events(folder, worker.offset)
         if events:
             offset, event = events[0]
@@ -186,12 +187,7 @@ class Sweep:
         self._lengths = self.workers.lengths(self._gap_ms)
 
     def _slice(self, worker: WorkerRow) -> Slice:
-        return Slice(
-            fence=self.study.fence,
-            paid_ms=worker.paid_ms,
-            work_ms=worker.work_ms,
-            checkpoint_ms=self._lengths.slice,
-        )
+        return self.workers.slice(worker, self._lengths)
 
     def _bury(self, worker: WorkerRow) -> None:
         folder = Path(worker.folder)
@@ -278,11 +274,7 @@ class Sweep:
         return race, race.left(self._funds([], self._now().results), self._lengths)
 
     def _funds(self, trials: list[TrialRow], results: Results) -> Funds:
-        worker = self._worker()
-        with self.store.read() as connection:
-            balances = Ledger(connection, self.name).balances()
-        now = self.workers.now_ms(worker) if worker else 0
-        money = triage.funds(balances, self.study.micros_per_hour, worker, now, self.projector.load().mean)
+        money = self.workers.funds(self._worker())
         eta = self.study.spec.search.eta
         return replace(money, finish_seconds=triage.finish_seconds(trials, results, self.projector, eta))
 
@@ -449,15 +441,23 @@ class Sweep:
 
     # Stop
 
+    def _search_is_over(self, worker: WorkerRow) -> bool:
+        """Ends a search whose last slice is used up while its worker lives: the endgame would have to load another."""
+        keeps = self.study.spec.endgame.trains or self.study.spec.budget.reserve
+        over = self.study.phase == "search" and keeps and self.workers.used_up(worker, self._lengths)
+        if not over or self.interrupted or not self._begin_endgame():
+            return False
+        self._park()
+        return True
+
     def _stop_if_done(self, worker: WorkerRow, trials: list[TrialRow], filled: bool) -> None:
         # Only after a look whether somebody else may begin: after a crash the slots may be free, and nobody was asked.
         idle = filled and not any(t.state in records.RUNNING or t.slot == worker.id for t in trials)
-        used_up = self.study.timings is not None and worker.final and worker.at_ms >= worker.work_ms
         # On recorded timings no clock ends the final slice, so we do.
+        used_up = self.study.timings is not None and self.workers.used_up(worker, self._lengths)
         if self._stopping or not (self.interrupted or idle or used_up):
             return
-        if used_up and not self.interrupted and self._begin_endgame():
-            self._park()  # as where the clock ended it: the search is over, and the reserve is there
+        if used_up and self._search_is_over(worker):
             return
         within_ms = max(STOP_MS, self._lengths.tail)
         if self.launcher.send(Path(worker.folder), Stop(fence=self.study.fence, within_ms=within_ms)):

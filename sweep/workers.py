@@ -17,7 +17,7 @@ from budgets.ledger import IDLE, Ledger
 from budgets.money import usd
 from budgets.schema import hold
 from budgets.tariff import Tariff
-from sweep import pricing, records, seats, slices, space, tables
+from sweep import pricing, records, seats, slices, space, tables, triage
 from sweep.apply import apply, end_attempt, rewind
 from sweep.audit import remember
 from sweep.errors import InvariantError, WorkerError
@@ -26,7 +26,8 @@ from sweep.projection import Projector
 from sweep.records import Study, WorkerRow
 from sweep.slices import Lengths
 from sweep.store import Store
-from trainers.messages import UsageRecord, WorkerJob
+from sweep.triage import Funds
+from trainers.messages import Slice, UsageRecord, WorkerJob
 
 # Without a report for so long (or three tails, or six usual gaps) the next slice is not paid. A first step may compile
 # for minutes, but more than a slice is not bet on it.
@@ -70,6 +71,22 @@ class Workers:
         if self.study.timings is not None:
             return worker.at_ms
         return max(self.launcher.boot()[1] - worker.origin_boot_ms, worker.at_ms)
+
+    def slice(self, worker: WorkerRow, lengths: Lengths) -> Slice:
+        """What a worker is told of the time that is paid for."""
+        return Slice(
+            fence=self.study.fence,
+            paid_ms=worker.paid_ms,
+            work_ms=worker.work_ms,
+            checkpoint_ms=lengths.slice,
+        )
+
+    def funds(self, worker: WorkerRow | None) -> Funds:
+        """The study's money now; of the leader's way to its end it knows nothing."""
+        with self.store.read() as connection:
+            balances = Ledger(connection, self.study.name).balances()
+        now, load = self.now_ms(worker) if worker else 0, self.projector.load().mean
+        return triage.funds(balances, self.study.micros_per_hour, worker, now, load)
 
     def launch(self, before_start: Callable[[], None]) -> None:
         """Pays for a worker and starts it; `before_start` is called in between.
@@ -145,6 +162,15 @@ class Workers:
             return True
         # Early enough that the worker, which ends before a step that would pass work_ms, never has to.
         return not worker.final and worker.work_ms - now < lengths.slice * 2 // 3
+
+    def used_up(self, worker: WorkerRow, lengths: Lengths) -> bool:
+        """Whether a worker's last slice is used up: on a clock before it is, since the worker then ends by itself."""
+        if self.study.timings is not None:
+            return bool(worker.final) and worker.at_ms >= worker.work_ms
+        ending_ms = (
+            worker.work_ms - lengths.slice // 3
+        )  # half of what a renewal is ahead of it, or it would be too late
+        return bool(worker.final) and worker.state == "ready" and self.now_ms(worker) >= ending_ms
 
     def pressed(self, worker: WorkerRow, lengths: Lengths, gap_ms: int) -> bool:
         """Whether the worker has said something, or its next slice is due: the sampler's questions can wait."""

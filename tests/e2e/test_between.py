@@ -82,6 +82,21 @@ def test_a_raised_cap_leaves_the_endgame_its_money(tmp_path: Path) -> None:
     assert len({trial.run[1] for trial in confirmed}) >= 2, "both seeds are paid for"
 
 
+def test_the_worker_of_the_search_goes_on_with_the_race(tmp_path: Path) -> None:
+    """Proves that a search whose last slice is used up ends before its worker does, which would have to be loaded anew:
+    writes are so slow here that the end of a slice is kept back for them while trials could still be paid."""
+    ending = {"seeds": 2, "configurations": 1}
+    usual = {"method": ["lora"], "rungs": [0.2], "live": 2, "machine": {"slots": 4}}
+    spec = write_spec(tmp_path, cap="$0.05", reserve="$0.02", sleep=4e-4, endgame=ending, **usual)
+    recording = json.loads((tmp_path / "curves.json").read_text()) | {"sleep_seconds_per_checkpoint": 0.8}
+    (tmp_path / "curves.json").write_text(json.dumps(recording | {"slots": {"lora": 4, "full": 1}}))
+    sweep("launch", str(spec), "--yes", cwd=tmp_path)
+    found = read(tmp_path)
+    assert any("parked: the cap was reached" in text for text in found["log"])
+    assert len(found["workers"]) == 1
+    assert [trial.state for trial in records.confirmations(found["trials"])] == ["completed"] * 2
+
+
 def test_the_same_cap_again_does_not_reopen_a_race(tmp_path: Path) -> None:
     """Proves that a resume with the cap that there is goes on with the race, and asks for nobody new."""
     spec = write_spec(tmp_path, cap="$0.1", timings=True, trials=3, endgame={"seeds": 2, "configurations": 1})
