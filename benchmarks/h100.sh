@@ -7,7 +7,8 @@
 #   memory                                 predicted against measured peaks, LoRA and full
 #   full                                   full-parameter steps at 135M and 1.5B: tokens/s, MFU, peak memory
 #   study                                  start-up cold and warm, occupancy, empty slots, forecasts in a small study
-#   verdict-words verdict-sums             LoRA or full: a whole study each, and what sweep compare says of it
+#   verdict-words verdict-sums             LoRA or full: a whole study each, what sweep compare says of it, and the lines
+#                                          of `study`
 #
 # Run it in the root of a checkout with benchmarks/data (python -m benchmarks.workload) and, for `short`, `study` and the
 # real weights of 135M, models/smollm2-135m. Each step has a time limit of its own, writes its lines to OUT as they come,
@@ -64,10 +65,13 @@ for part in "$@"; do
         cp "$scratch/study/studies.db" "$out/" 2>/dev/null
         ;;
     verdict-*)
-        study "${part#verdict-}" budget.cap=\$0.58 budget.reserve=\$0.29 # 523 s: a part ends within ten minutes
+        study "${part#verdict-}"
         (cd "$scratch/study" && for verb in "compare --claims" statement best; do
             COLUMNS=120 python3 -m sweep $verb "lora-or-full-${part#verdict-}"
         done) >>"$out/$part.txt" 2>&1
+        step 60 benchmarks.forecast --study-db "$scratch/study/studies.db" --study "lora-or-full-${part#verdict-}" --json
+        cp "$scratch/study/studies.db" "$out/" 2>/dev/null
+        (cd "$scratch/study/runs" && tar -czf "$out/$part-logs.tgz" */workers/*/*.log) # what a start-up's time went to
         ;;
     *) echo "there is no part $part" >&2 && exit 2 ;;
     esac
