@@ -46,7 +46,8 @@ def order(
         elif trial.state in ENDED:
             lost = max(trial.tokens - seen.get(trial.number, trial.tokens), 0)
             spent[trial.config.method] += projector.train(trial.config, lost).mean
-    seconds = affordable_ms(money.micros_per_hour, money.balances.cap - money.balances.reserve) / 1000
+    # What trials took and what they may still take: a start that costs half of the search leaves half as long turns.
+    seconds = sum(spent.values()) + affordable_ms(money.micros_per_hour, max(money.left_now, 0)) / 1000
     first = turn(search.method, spent, seconds / TURNS)
     return [first, *(method for method in search.method if method != first)]
 

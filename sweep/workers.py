@@ -29,6 +29,7 @@ from sweep.store import Store
 from sweep.triage import Funds
 from trainers.messages import Slice, UsageRecord, WorkerJob
 
+TOLD_MS = 2000  # before its last slice is used up a worker hears that the search is over, and three steps more
 # Without a report for so long (or three tails, or six usual gaps) the next slice is not paid. A first step may compile
 # for minutes, but more than a slice is not bet on it.
 SILENCE_MS, LONG_SILENCE_MS = 15_000, 120_000
@@ -167,9 +168,9 @@ class Workers:
         """Whether a worker's last slice is used up: on a clock before it is, since the worker then ends by itself."""
         if self.study.timings is not None:
             return bool(worker.final) and worker.at_ms >= worker.work_ms
-        ending_ms = (
-            worker.work_ms - lengths.slice // 3
-        )  # half of what a renewal is ahead of it, or it would be too late
+        # The worker ends before a step that would pass its time, and has to be told before that.
+        margin_ms = min(lengths.slice // 3, TOLD_MS + round(3000 * self._longest_step(worker.slots.get("lora", 1))))
+        ending_ms = worker.work_ms - margin_ms
         return bool(worker.final) and worker.state == "ready" and self.now_ms(worker) >= ending_ms
 
     def pressed(self, worker: WorkerRow, lengths: Lengths, gap_ms: int) -> bool:
