@@ -47,6 +47,7 @@ def losses(engine: Engine, trials: list[TrialConfig]) -> dict[int, float]:
         except TrialFailed as error:
             if error.code != "diverged":
                 raise
+            print(f"trial {error.trial}: {error}", file=sys.stderr)
             found[error.trial] = math.nan
     return found
 

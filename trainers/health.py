@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 DECAY = 0.8  # of the smoothed loss
 PATIENCE = 0.1  # share of the run that a loss may stay above its start, and at least
 MIN_PATIENCE = 20  # steps
-MARGIN = 0.1  # nats above the start that noise between batches explains
+MARGIN = 0.1  # nats above the start that say nothing, and more where batches differ:
+# The start, of three batches, is off by 0.6 of what one differs from the next, the smoothed loss by a third. Taken
+# from the first steps, when a rate that is far too high has not shown yet.
+NOISES, NOISE_STEPS, MOST_NOISE = 2.0, 20, 1.0
 # A loss that is CLEAR nats above the start, step by step, and does not fall needs no such patience.
 CLEAR = 0.5
 CLEAR_SHARE, MIN_CLEAR = 0.02, 10  # of the run, and steps at least
@@ -33,6 +36,8 @@ class Health:
     smooth: float = math.nan
     above: int = 0
     solid: int = 0
+    last: float = math.nan
+    moves: list[float] = field(default_factory=list)  # of the loss, from one of the first steps to the next
     recent: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
 
@@ -44,17 +49,28 @@ class Health:
         if self.seen <= 3:
             self.start += (loss - self.start) / self.seen
         self.smooth = loss if math.isnan(self.smooth) else DECAY * self.smooth + (1 - DECAY) * loss
-        worse = not self.resumed and self.smooth > self.start + MARGIN
+        bound = self.start + self._margin(loss)
+        worse = not self.resumed and self.smooth > bound
         self.above = self.above + 1 if worse else 0
-        self.solid = self.solid + 1 if worse and loss > self.start + MARGIN else 0
+        self.solid = self.solid + 1 if worse and loss > bound else 0
         self.recent = [*self.recent[-FALLING:], self.smooth]
         usual = statistics.median(self.norms) if len(self.norms) >= 10 else math.inf
         self.norms = [*self.norms[-_HISTORY:], norm]
         if worse and norm > EXPLODED * usual:
             return f"gradient norm {norm:.3g}, usually {usual:.3g}, and loss {self.smooth:.3g} above {self.start:.3g}"
-        clear = self.smooth > self.start + CLEAR and self.smooth >= self.recent[0]
+        clear = self.smooth > bound - MARGIN + CLEAR and self.smooth >= self.recent[0]
         if clear and self.solid >= max(MIN_CLEAR, CLEAR_SHARE * self.steps):
             return f"loss {self.smooth:.3g} and not falling for {self.solid} steps, it started from {self.start:.3g}"
         if self.above >= max(MIN_PATIENCE, PATIENCE * self.steps):
             return f"loss {self.smooth:.3g} for {self.above} steps, above the {self.start:.3g} it started from"
         return None
+
+    def _margin(self, loss: float) -> float:
+        """Nats above the start that noise between batches explains."""
+        if not math.isnan(self.last) and len(self.moves) < NOISE_STEPS:
+            self.moves.append(abs(loss - self.last))
+        self.last = loss
+        if not self.moves:
+            return MARGIN
+        # The median of |a - b| of two draws of a normal distribution is 0.954 standard deviations.
+        return MARGIN + min(MOST_NOISE, NOISES * statistics.median(self.moves) / 0.954)

@@ -31,9 +31,13 @@ def spent(number: int, seconds: float) -> Any:
     return SimpleNamespace(trial=number, train_ms=round(1000 * seconds), evaluate_ms=0, examine_ms=0, tokens=5_000)
 
 
-def order(trials: list[TrialRow], evaluations: list[Any]) -> list[str]:
-    """The methods, the one whose turn it is first; a way to the first rung is forecast at 150 s."""
-    return list(turns.order(BOTH, trials, evaluations, Projector(PLAN, 10**9, "replay", 4), MONEY))
+def order(trials: list[TrialRow], evaluations: list[Any], start: float = 0) -> list[str]:
+    """The methods, the one whose turn it is first; a way to the first rung is forecast at 150 s.
+
+    `start` seconds were no trial's. A second costs a thousand micro-dollars.
+    """
+    money = replace(MONEY, spent_now=round(1000 * start) + sum(row.train_ms for row in evaluations))
+    return list(turns.order(BOTH, trials, evaluations, Projector(PLAN, 10**9, "replay", 4), money))
 
 
 def test_a_turn_lasts_until_a_method_is_an_eighth_ahead() -> None:
@@ -47,6 +51,13 @@ def test_a_turn_lasts_until_a_method_is_an_eighth_ahead() -> None:
     assert order([lora, full], [spent(0, 101), spent(1, 202)]) == ["lora", "full"]
     woken = replace(lora, turn=2)
     assert order([woken, full], [spent(0, 150), spent(1, 140)]) == ["lora", "full"]
+
+
+def test_a_dear_start_leaves_shorter_turns() -> None:
+    """Proves that turns share what trials can spend: where a start takes half of the search, both still get theirs."""
+    lora = trial(0, "lora")
+    assert order([lora], [spent(0, 49)], start=400) == ["lora", "full"]
+    assert order([lora], [spent(0, 51)], start=400) == ["full", "lora"]
 
 
 def test_what_is_under_way_counts() -> None:
