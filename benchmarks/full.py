@@ -8,6 +8,8 @@ engines that studies use, one engine for each number of `--processes`, all over 
 number and batch size, `--warm-up` steps, then `--steps` measured ones. Result lines are JSON, printed and appended to
 `--out`; one says `failed` where a trial was not trained. Figures of memory are of the first GPU.
 
+    tokens_per_s        of the median of five stretches of the measured steps, as ms_per_step and mfu: a compilation in
+                        one of them shows in `stretches_ms_per_step` alone
     mfu                 of full_flops at 989 TFLOP/s a GPU, recomputed layers not counted
     peak_memory_gib     most that the allocator had taken from the device; allocated_gib: most that it had handed out
     predicted_gib       what trainers/memory.py says of the latter for streams as long as those that were trained
@@ -53,6 +55,7 @@ from trainers.messages import TrialConfig, WorkerJob
 from trainers.models import Base, ModelError, load_base
 from trainers.splits import Split, batches, cut
 
+STRETCHES = 5  # of the measured steps: a compilation in one of them changes no figure
 FAILURES = (TrialFailed, ModelError, GroupError, RuntimeError, ValueError, AssertionError)
 
 
@@ -199,6 +202,33 @@ def train(engine: FullEngine, steps: int) -> list[float]:
     return losses
 
 
+def stretches(bench: Bench, engine: FullEngine, config: TrialConfig) -> tuple[dict[str, Any], list[float]]:
+    """Trains the measured steps; returns speeds, which are the median stretch's, and losses. Raises FAILURES."""
+    setup, options = bench.setup, bench.options
+    flops, plan = full_flops(setup.shape.config, setup.train), batches(config, setup.train.rows)
+    found: list[tuple[float, float, float]] = []
+    losses: list[float] = []
+    seconds = 0.0
+    for part in np.array_split(np.arange(options.steps), min(STRETCHES, options.steps)):
+        before, mark = engine.position(0), hf_trials.now(setup.device)
+        losses += train(engine, len(part))
+        passed, at = hf_trials.now(setup.device) - mark, engine.position(0)
+        done = float(flops[np.concatenate(plan[before.step : at.step])].sum())
+        found.append(((at.tokens - before.tokens) / passed, 1000 * passed / len(part), done / passed))
+        seconds += passed
+    tokens, ms, rate = np.median(found, axis=0).tolist()
+    gpus = engine._trained.ranks if setup.device.type == "cuda" else 0
+    speeds = {
+        "steps": options.steps,
+        "seconds": round(seconds, 3),
+        "tokens_per_s": round(tokens, 1),
+        "ms_per_step": round(ms, 3),
+        "mfu": round(rate / PEAK_FLOPS / gpus, 5) if gpus else None,
+        "stretches_ms_per_step": [round(ms, 1) for _, ms, _ in found],
+    }
+    return speeds, losses
+
+
 def measure(bench: Bench, processes: int, config: TrialConfig) -> dict[str, Any]:
     """Trains a trial in so many processes; returns the figures. Raises FAILURES."""
     setup, options, device = bench.setup, bench.options, bench.setup.device
@@ -211,27 +241,18 @@ def measure(bench: Bench, processes: int, config: TrialConfig) -> dict[str, Any]
     losses = train(engine, options.warm_up)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    before = engine.position(0)
-    mark = hf_trials.now(device)
-    losses += train(engine, options.steps)
-    seconds = hf_trials.now(device) - mark
-    at = engine.position(0)
+    warm = hf_trials.now(device)
+    speeds, later = stretches(bench, engine, config)
     peaks = measured_gib(device)
     engine.drop(0)
-    rows = np.concatenate(batches(config, setup.train.rows)[before.step : at.step])
-    flops = float(full_flops(setup.shape.config, setup.train)[rows].sum())
     return {
-        "steps": at.step - before.step,
-        "seconds": round(seconds, 3),
-        "tokens_per_s": round((at.tokens - before.tokens) / seconds, 1),
-        "ms_per_step": round(1000 * seconds / (at.step - before.step), 3),
-        "mfu": round(flops / seconds / PEAK_FLOPS / processes, 5) if device.type == "cuda" else None,
+        **speeds,
         **peaks,
         **predictions(setup, options, config, engine),
         "load_seconds": round(loaded - start, 3),
         "admit_seconds": round(admitted - loaded, 3),
-        "warm_up_seconds": round(mark - admitted, 3),
-        "losses": losses,
+        "warm_up_seconds": round(warm - admitted, 3),
+        "losses": losses + later,
     }
 
 

@@ -240,7 +240,7 @@ def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             line = kill(study, ordinal, rank, options.seconds)
             lines.append(common | line)
             lines[-1] |= goes_on(study, ordinal, line)
-    except (BenchmarkError, AssertionError, OSError) as error:
+    except (BenchmarkError, AssertionError, OSError, SystemExit) as error:
         lines.append(common | {"failed": str(error)})
         for log in (folder / "study.log", *sorted(folder.glob("runs/*/workers/*/*.log"))):
             sys.stderr.write(f"--- {log}\n" + log.read_text(errors="replace")[-3000:] + "\n")
