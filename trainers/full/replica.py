@@ -151,6 +151,8 @@ class Replica:
         # FSDP2 takes the mean of the processes' gradients, where the sum is wanted.
         weight = self.ranks / completion
         with self._engaged():
+            # Gradients are summed over processes after each part: kept whole until the last one, they would take
+            # 4 bytes a parameter on every GPU.
             for part in self._parts(rows, self.train):
                 # Who has no rows left takes part in the collectives, with a row that counts nothing.
                 given = [rows[place] for place in part] if part else [rows[0]]

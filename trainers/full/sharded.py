@@ -104,7 +104,7 @@ class Sharded:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
             if self._compiling:
                 # The layer's own code alone: FSDP's hooks around it stay as they are. Of the class that FSDP has just
-                # made: the `forward` of the one before recomputes nothing since transformers 5.2x.
+                # made: that of the class before would recompute nothing with transformers 5.23.
                 layer.forward = torch.compile(layer.forward, dynamic=True)
             # The shards are parameters of their own; of the whole ones those are kept that others share.
             shared = {id(placeholder) for placeholder in model.parameters() if placeholder.is_meta}
