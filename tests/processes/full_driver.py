@@ -2,14 +2,17 @@
 
 In a process of its own, since it makes process groups. A script is an object with `job` (fields of WorkerJob), `bf16`
 and `calls`, a list of lists: a name and its arguments. What its calls gave is printed as one line of JSON. Where `oom`
-names a file, the other processes run out of memory in their third step, once: the file says that it has happened.
+names a file, the other processes run out of memory in their third step, once: the file says that it has happened. With
+`compiled` the first process's layers are compiled as on a GPU, but for what makes them faster.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +75,26 @@ def held(engine: FullEngine) -> list[int]:
     return [len(shards), sum(id(one) not in known for one in whole)]
 
 
+def kept(engine: FullEngine, trial: int) -> int:
+    """How many numbers the next step's forward keeps for backward, but for those that are computed again."""
+    sizes: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        train(engine, trial, 1)
+    return sum(sizes)
+
+
+def compiled(engine: FullEngine) -> None:
+    """Has the first process's layers compiled, on the CPU too."""
+    warnings.simplefilter("ignore")  # torch's tracer looks at every attribute of a tensor, some of which warn
+    torch.compile = functools.partial(torch.compile, backend="eager")  # type: ignore[assignment]
+    engine._trained._replica.weights._compiling = True  # type: ignore[union-attr]
+
+
 def call(engine: FullEngine, name: str, *given: Any) -> Any:
     """One call of the script."""
     rows = [engine.validation[row].ids for row in range(3)]
@@ -102,6 +125,8 @@ def call(engine: FullEngine, name: str, *given: Any) -> Any:
             return [child.pid for child in group._children]
         case "held":
             return held(engine)
+        case "kept":
+            return kept(engine, *given)
     raise ValueError(name)
 
 
@@ -111,6 +136,8 @@ def run(script: dict[str, Any]) -> list[Any]:
     if "oom" in script:
         distributed.COMMAND = [sys.executable, "-P", "-c", FAILING.format(mark=script["oom"])]
     engine = engine_of(script)
+    if script.get("compiled"):
+        compiled(engine)
     results = []
     for name, *given in script["calls"]:
         try:

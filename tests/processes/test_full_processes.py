@@ -65,6 +65,15 @@ def test_several_processes_train_as_one(prepared: Path, tmp_path: Path) -> None:
     assert same(cut[1:4], one[:3]) and cut[5] == one[4]
 
 
+def test_compiled_layers_are_computed_again_where_that_is_wanted(prepared: Path, tmp_path: Path) -> None:
+    """Checkpointing keeps less for backward where several processes compile their layers too, and changes no loss."""
+    calls = [["admit", CONFIG, None], ["train", 2, 2], ["kept", 2], ["train", 2, 3]]
+    plain, eager = drive(prepared, tmp_path, (2, calls, {"compiled": True}), (2, calls, {}))
+    (spared,) = drive(prepared, tmp_path, (2, calls, {"compiled": True, "job": {"checkpointing": True}}))
+    assert spared[2] < 0.6 * plain[2]
+    assert all(same([*found[1], *found[3]], [*eager[1], *eager[3]]) for found in (plain, spared))
+
+
 def test_pauses_move_between_one_and_two_processes(prepared: Path, tmp_path: Path) -> None:
     """A trial that goes from two processes to one and back has the losses of one that stayed; two and two, to the bit.
 

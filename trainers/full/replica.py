@@ -174,6 +174,8 @@ class Replica:
         """Adds the gradients of the rows' loss, and returns the loss."""
         total = torch.zeros((), device=self.base.device)
         with self._engaged():
+            # Gradients are summed over processes after each part: kept whole until the last one, they would take
+            # 4 bytes a parameter on every GPU.
             for part in self._parts(rows, self.train):
                 # Who has no rows left takes part in the collectives, with a row that counts nothing.
                 given = [rows[place] for place in part] if part else [rows[0]]

@@ -102,10 +102,11 @@ class Sharded:
         # Layer by layer, so that no more than one is ever whole.
         for layer in layers_of(self.base.decoder):
             fill(layer)
-            if self._compiling:
-                # The layer's own code alone: FSDP's hooks around it stay as they are.
-                layer.forward = torch.compile(layer.forward, dynamic=True)
             fully_shard(layer, mesh=mesh, mp_policy=policy)
+            if self._compiling:
+                # The layer's own code alone: FSDP's hooks around it stay as they are. Of the class that FSDP has just
+                # made: that of the class before would recompute nothing with transformers 5.23.
+                layer.forward = torch.compile(layer.forward, dynamic=True)
             # The shards are parameters of their own; of the whole ones those are kept that others share.
             shared = {id(placeholder) for placeholder in model.parameters() if placeholder.is_meta}
             made = {key: parameter for key, parameter in made.items() if key in shared}
