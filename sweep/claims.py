@@ -6,11 +6,12 @@ user can get for a task of their own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from budgets.money import MICROS
-from sweep.sentence import figure, interval, listed, percents
+from sweep.sentence import figure, listed, percents
 
 SEVEN_BILLION = 7e9
 HALF, SINGLE, TRAINING = 2, 4, 16  # bytes a parameter; training: bf16 weights and gradients, fp32 masters, two moments
@@ -21,7 +22,7 @@ RANKS = (16, 64)
 
 
 def beside(values: Mapping[str, Any], parameters: int) -> list[dict[str, str]]:
-    """Returns `claim`, `measured` and `holds` (yes, no, open, or corrected) for each; `values` are compare's."""
+    """Returns `claim`, `measured` and `holds` (yes, no, more, open, or corrected) for each; `values` are compare's."""
     share = values["share"]
     rows = [
         _row("LoRA reaches 90-97 % of full training", *_within(share, 0.90, 0.97)),
@@ -49,7 +50,9 @@ def _within(share: Mapping[str, Any] | None, low: float, high: float) -> tuple[s
     words = percents(share["value"], share["low"], share["high"])
     if low <= share["low"] and share["high"] <= high:
         return words, "yes"
-    return words, "no" if share["high"] < low or share["low"] > high else "open"
+    if share["low"] > high:
+        return words, "more"
+    return words, "no" if share["high"] < low else "open"
 
 
 def _dearer(costs: Mapping[str, Any]) -> tuple[str, str]:
@@ -79,12 +82,22 @@ def _sixteen(ranks: Mapping[str, Any] | None) -> tuple[str, str]:
         return f"ranks {listed(RANKS)} were not both confirmed", "open"
     one, other = (rows[rank] for rank in RANKS)
     words = ", ".join(f"r={row['rank']} {figure(row['test'])}" for row in (one, other))
-    if other["standing"] == "worse" and one["standing"] == "best":
-        gap = other["behind"]
-        return f"{words}: {interval(gap['value'], gap['low'], gap['high'])} apart", "yes"
-    if one["standing"] == "worse" and other["standing"] == "best":
+    (low, high), (lower, higher) = _behind(one), _behind(other)
+    if high < lower:
+        return f"{words}: 16 is better here", "yes"
+    if higher < low:
         return f"{words}: 64 is better here", "no"
     return f"{words}: not told apart", "open"
+
+
+def _behind(row: Mapping[str, Any]) -> tuple[float, float]:
+    """The interval of how far a rank is behind the best of all, which may be a third one."""
+    if row["standing"] == "best":
+        return 0.0, 0.0
+    if row["behind"]["low"] is None:
+        return 0.0, math.inf
+    near, far = sorted(abs(row["behind"][end]) for end in ("low", "high"))
+    return near if row["standing"] == "worse" else 0.0, far
 
 
 def _weights(parameters: int) -> tuple[str, str]:

@@ -319,6 +319,15 @@ def test_claims_can_fail(tmp_path: Path) -> None:
     assert holds(compared(tmp_path, [poor, worse, PAIR[1]]))[:5] == ["no", "no", "yes", "no", "yes"]
 
 
+def test_claims_can_be_surpassed_and_ranks_compared_behind_a_third(tmp_path: Path) -> None:
+    """Proves that a share above the claimed range is told as more, and two ranks apart where neither is the best."""
+    best = Told(0, rank=32, confirmed=confirmed([0.8, 0.801, 0.799]))
+    sixteen = Told(1, rank=16, confirmed=confirmed([1.1, 1.102, 1.098]))
+    found = compared(tmp_path, [best, sixteen, Told(2, rank=64, confirmed=confirmed([1.4, 1.402, 1.398])), PAIR[1]])
+    assert holds(found)[:5] == ["more", "more", "yes", "no", "yes"]
+    assert "r=16 1.1000, r=64 1.4000: 16 is better here" in shown(found, with_claims=True)
+
+
 STATES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "usual": compared,
     "few": lambda folder: compared(folder, [Told(0, confirmed=confirmed([0.96, 0.97])), PAIR[1]]),
