@@ -157,6 +157,9 @@ class Bench:
             self.engines[processes] = FullEngine(
                 self.base, setup.train, setup.validation, 64, options.tokens, job, compiled=not options.eager
             )
+        for other, engine in self.engines.items():
+            if other != processes:
+                engine.rest()  # its graphs read where the base's weights were before they left for the others
         return self.engines[processes]
 
     def trial(self, batch: int) -> TrialConfig:

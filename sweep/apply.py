@@ -28,8 +28,8 @@ from trainers.messages import (
 )
 
 
-def apply(connection: Connection, study: Study, worker: WorkerRow, event: Event, offset: int) -> None:
-    """Applies one event of a worker and moves its read offset past it."""
+def apply(connection: Connection, study: Study, worker: WorkerRow, event: Event, offset: int) -> bool:
+    """Applies one event of a worker and moves its read offset past it; False if what it measured is not stored."""
     records.set_worker(connection, worker.id, at_ms=event.at_ms, usage=event.usage, offset=offset)
     if isinstance(event, Evaluated | Ended) and event.occupancy is not None:
         records.set_worker(connection, worker.id, occupancy=event.occupancy)
@@ -48,8 +48,10 @@ def apply(connection: Connection, study: Study, worker: WorkerRow, event: Event,
         case TrialEvent():
             trial = next((t for t in records.trials(connection, study.name) if t.number == event.trial), None)
             # A worker that was replaced may still have spoken of a trial that has another attempt by now.
-            if trial is not None and trial.attempt == event.attempt:
-                _trial_event(connection, study, trial, event)
+            if trial is None or trial.attempt != event.attempt:
+                return False
+            return _trial_event(connection, study, trial, event)
+    return True
 
 
 def _ready(connection: Connection, study: Study, worker: WorkerRow, event: Ready) -> None:
@@ -63,7 +65,7 @@ def _ready(connection: Connection, study: Study, worker: WorkerRow, event: Ready
     records.note(connection, study.name, "ready", text)
 
 
-def _trial_event(connection: Connection, study: Study, trial: TrialRow, event: TrialEvent) -> None:
+def _trial_event(connection: Connection, study: Study, trial: TrialRow, event: TrialEvent) -> bool:
     name, number = study.name, trial.number
     tables_attempt = tables.attempt.update().where(tables.attempt.c.id == event.attempt)
     connection.execute(tables_attempt.values(tokens=event.tokens))
@@ -79,7 +81,7 @@ def _trial_event(connection: Connection, study: Study, trial: TrialRow, event: T
             records.set_trial(connection, name, number, checkpoint=event.checkpoint, checkpoint_tokens=event.tokens)
             _state(connection, name, trial, event.checkpoint_ms)
         case Evaluated():
-            _evaluated(connection, study, trial, event)
+            return _evaluated(connection, study, trial, event)
         case Paused():
             _left(connection, name, trial, event.attempt, "paused")
             records.set_trial(connection, name, number, checkpoint=event.checkpoint, checkpoint_tokens=event.tokens)
@@ -90,13 +92,15 @@ def _trial_event(connection: Connection, study: Study, trial: TrialRow, event: T
                 records.set_trial(connection, name, number, checkpoint=None, checkpoint_tokens=0)
         case Failed():
             _failed(connection, name, trial, event)
+    return True
 
 
-def _evaluated(connection: Connection, study: Study, trial: TrialRow, event: Evaluated) -> None:
+def _evaluated(connection: Connection, study: Study, trial: TrialRow, event: Evaluated) -> bool:
+    """Stores an evaluation; False if it was known (a rung reached again) or is no number."""
     known = (tables.evaluation.c.study == study.name) & (tables.evaluation.c.trial == trial.number)
     row = tables.evaluation.select().where(known & (tables.evaluation.c.rung == trial.target))
-    finite = math.isfinite(event.loss)
-    if finite and connection.execute(row).one_or_none() is None:
+    new = math.isfinite(event.loss) and connection.execute(row).one_or_none() is None
+    if new:
         connection.execute(
             tables.evaluation.insert().values(
                 study=study.name,
@@ -137,13 +141,15 @@ def _evaluated(connection: Connection, study: Study, trial: TrialRow, event: Eva
         metric_error=_number(event.metric_error),
         **written,
     )
+    return new
 
 
 def _state(connection: Connection, name: str, trial: TrialRow, ms: int) -> None:
-    """Stores how long a full-parameter trial's state took to write, of which there are few."""
+    """Stores how long a full-parameter trial's state took to write, of which there are few, and before which of the
+    evaluations: forecasts learn in the same order again."""
     if trial.config.method == "full" and ms:
         facts = records.study(connection, name).facts
-        facts["state_ms"] = [*facts.get("state_ms", []), ms]
+        facts["state_ms"] = [*facts.get("state_ms", []), [records.next_evaluation(connection, name), ms]]
         records.set_study(connection, name, facts=json.dumps(facts))
 
 

@@ -162,10 +162,11 @@ class Sweep:
         if events:
             offset, event = events[0]
             with self.store.write() as connection:
-                apply(connection, self.study, worker, event, offset)
+                new = apply(connection, self.study, worker, event, offset)
             if worker.state == "ready":
                 self._gap_ms = max(event.at_ms - worker.at_ms, self._gap_ms * 3 // 4)
-            self._learn(event)
+            if new:  # what is not stored would not be learned again after a restart
+                self._learn(event)
             return True
         if over:
             self._bury(worker)
@@ -445,10 +446,11 @@ class Sweep:
         """Ends a search whose last slice is used up while its worker lives: the endgame would have to load another."""
         keeps = self.study.spec.endgame.trains or self.study.spec.budget.reserve
         over = self.study.phase == "search" and keeps and self.workers.used_up(worker, self._lengths)
-        if not over or self.interrupted or not self._begin_endgame():
+        if not over or self.interrupted:
             return False
-        self._park()
-        return True
+        self._judge()  # who came to its end is not parked
+        self._park()  # before the phase is another: a kill in between would let them train on for the race's money
+        return self._begin_endgame()
 
     def _stop_if_done(self, worker: WorkerRow, trials: list[TrialRow], filled: bool) -> None:
         # Only after a look whether somebody else may begin: after a crash the slots may be free, and nobody was asked.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -401,9 +402,13 @@ def projector_of(study: Study, connection: Connection) -> Projector:
     trials, workers = records.trials(connection, study.name), records.workers(connection, study.name)
     projector.width = seats.width(seats.slots(study, workers), trials)
     configs = {trial.number: trial.config for trial in trials}
+    # Studies of before they were kept in their order have the milliseconds alone.
+    states = deque(one if isinstance(one, list) else [math.inf, one] for one in study.facts.get("state_ms", []))
     for row in records.evaluations(connection, study.name):
+        while states and states[0][0] <= row.ordinal:
+            projector.observe_state(states.popleft()[1])
         projector.observe_evaluation(configs[row.trial], row)
-    for ms in study.facts.get("state_ms", []):
+    for _, ms in states:
         projector.observe_state(ms)
     for worker in workers:
         if worker.load_ms is not None:

@@ -3,7 +3,8 @@
 Tried equally often, full training would take nearly all of the money; left to what promises most, the method that
 learns faster would get nearly all of it, and who loses the comparison would have lost it for want of tries. So the
 methods are searched apart, each among its own trials, and the money between them is kept even. Turns are long because a
-worker trains one method at a time: each change lets a pack run empty. All of this follows from the tables alone.
+worker trains one method at a time: each change lets a pack run empty. All of this follows from the tables and from the
+money that is left now.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ def order(
     for row in evaluations:
         spent[methods[row.trial]] += (row.train_ms + row.evaluate_ms + row.examine_ms) / 1000
         seen[row.trial] = row.tokens
+    # What trials took and what they may still take: a start that costs half of the search leaves half as long turns.
+    seconds = sum(spent.values()) + affordable_ms(money.micros_per_hour, max(money.left_now, 0)) / 1000
     for trial in trials:
         if trial.state in RUNNING or trial.rung < 0:  # who never came to a rung counts as if it had: tries cost turns
             spent[trial.config.method] += projector.to_target(trial).mean
         elif trial.state in ENDED:
             lost = max(trial.tokens - seen.get(trial.number, trial.tokens), 0)
             spent[trial.config.method] += projector.train(trial.config, lost).mean
-    # What trials took and what they may still take: a start that costs half of the search leaves half as long turns.
-    seconds = sum(spent.values()) + affordable_ms(money.micros_per_hour, max(money.left_now, 0)) / 1000
     first = turn(search.method, spent, seconds / TURNS)
     return [first, *(method for method in search.method if method != first)]
 

@@ -2,7 +2,8 @@
 
     checkpoint folder
       adapter_model.safetensors, adapter_config.json    (LoRA) or a transformers model folder (full)
-      optimizer.safetensors    AdamW's moments, `<parameter>.exp_avg` and `<parameter>.exp_avg_sq`
+      optimizer.safetensors    AdamW's moments, `<parameter>.exp_avg` and `<parameter>.exp_avg_sq`; of LoRA the slot's
+                               buffers, `<targets>.r<rank>.weights`, `.exp_avg` and `.exp_avg_sq`
       masters.safetensors      fp32 masters, of full training in bf16
                                (neither is there of a full-parameter trial at its end)
       state.json               configuration, step, tokens, versions; what marks a folder as a checkpoint

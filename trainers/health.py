@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 DECAY = 0.8  # of the smoothed loss
 PATIENCE = 0.1  # share of the run that a loss may stay above its start, and at least
 MIN_PATIENCE = 20  # steps
-MARGIN = 0.1  # nats above the start that say nothing, and more where batches differ:
-# The start, of three batches, is off by 0.6 of what one differs from the next, the smoothed loss by a third. Taken
-# from the first steps, when a rate that is far too high has not shown yet.
+MARGIN = 0.1  # nats above the start that say nothing
+# Where batches differ the margin is wider by so many standard deviations of theirs, at most by so many nats: a start of
+# three batches is off by 0.6 of one, a smoothed loss by a third. They are taken from the first steps, when a rate that
+# is far too high has not shown yet.
 NOISES, NOISE_STEPS, MOST_NOISE = 2.0, 20, 1.0
 # A loss that is CLEAR nats above the start, step by step, and does not fall needs no such patience.
 CLEAR = 0.5

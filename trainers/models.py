@@ -70,17 +70,21 @@ class LoadedEngines:
     device: str
     parameters: int
     linear_shapes: list[list[int]]
+    gpu: torch.device | None = None
     full_bytes: float = 0.0  # of the GPU, that full-parameter trials may take
 
     def make_room(self, method: str) -> None:
         """Before trials of a method come: has the other engine rest where they may not fit beside what it keeps."""
         for other, engine in self.engines.items():
-            if other != method and torch.cuda.is_available():
-                cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - engine.kept().in_graphs
-                free, whole = torch.cuda.mem_get_info()
-                # A pack's own graphs are kept, so that only its adapters are new.
-                if free + cached < (self.full_bytes if method == "full" else whole / 4):
-                    engine.rest()
+            if other == method or self.gpu is None:
+                continue
+            kept = engine.kept()
+            free, whole = torch.cuda.mem_get_info(self.gpu)
+            cached = torch.cuda.memory_reserved(self.gpu) - torch.cuda.memory_allocated(self.gpu) - kept.in_graphs
+            # A pack was planned into nine tenths of what was free when it was alone (trainers/lora/probe.py).
+            little = kept.allocated + kept.in_graphs < whole / 20
+            if not little if method == "lora" else free + cached < self.full_bytes:
+                engine.rest()
 
 
 def one_line(error: BaseException) -> str:
@@ -369,9 +373,10 @@ def load_engines(job: WorkerJob) -> LoadedEngines:
         base = load_base(job.model, job.device)
         verify_loss(base, [train[0], train[min(1, train.rows - 1)]])
     engines: dict[str, Engine] = {}
-    device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else "cpu"
+    gpu = base.device if base.device.type == "cuda" else None
+    device = "cpu" if gpu is None else torch.cuda.get_device_name(gpu)
     shapes = linear_shapes(base.model)
-    loaded = LoadedEngines(engines, device, base.model.num_parameters(), shapes, _full_bytes(base, job))
+    loaded = LoadedEngines(engines, device, base.model.num_parameters(), shapes, gpu, _full_bytes(base, job))
     if "lora" in job.methods:
         engines["lora"] = _lora_engine(job, base, train, validation)
     if "full" in job.methods:

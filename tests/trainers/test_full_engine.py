@@ -19,6 +19,7 @@ from trainers import models
 from trainers.checkpoints import OPTIMIZER
 from trainers.engine import TrialFailed
 from trainers.full import distributed
+from trainers.full import engine as full_engine
 from trainers.full.engine import FullEngine
 from trainers.full.replica import deal
 from trainers.full.weights import MASTERS
@@ -376,10 +377,46 @@ def test_only_the_jobs_methods_get_an_engine(job: WorkerJob, monkeypatch: pytest
     assert set(load_engines(dataclasses.replace(job, methods=["lora"])).engines) == {"lora"}
 
 
+def with_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has engines take the way of graphs, which the CPU runs kernel by kernel."""
+    options = full_engine._options
+    monkeypatch.setattr(full_engine, "_options", lambda *a: dataclasses.replace(options(*a), graphs=True))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_way_of_graphs_computes_the_same(job: WorkerJob, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """With passes split at the hidden states and gradients at a fixed place, steps of several parts have the same
+    losses; a trial that left in the middle of its steps leaves nothing to the next one."""
+    load = make if dtype == "fp32" else in_bf16
+    trial = full_trial(learning_rate=1e-3, batch_size=4)
+    plain: Any = load(job)
+    plain.micro_tokens = 24
+    plain.admit(trial, None, None)
+    expected = curve(plain, trial.number, 4)
+    with_graphs(monkeypatch)
+    engine: Any = load(job)
+    engine.micro_tokens = 24
+    assert engine._graphs and engine._alone._options.graphs
+    engine.admit(dataclasses.replace(trial, seed=9), None, None)
+    curve(engine, trial.number, 1)
+    engine.drop(trial.number)
+    kept = engine.kept().allocated
+    assert kept >= 4 * engine.base.model.num_parameters()
+    engine.admit(trial, None, None)
+    assert curve(engine, trial.number, 4) == pytest.approx(expected, rel=1e-6 if dtype == "fp32" else 2e-2)
+    engine.drop(trial.number)
+    engine.rest()
+    assert engine.kept().allocated == 0
+
+
+@pytest.mark.parametrize("graphs", [False, True])
 def test_models_of_another_attention_train_through_their_own(
-    job: WorkerJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: WorkerJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graphs: bool
 ) -> None:
-    """A model with soft-capped attention scores, which streams do not know, trains through transformers' attention."""
+    """A model with soft-capped attention scores, which streams do not know, trains through transformers' attention, and
+    without graphs."""
+    if graphs:
+        with_graphs(monkeypatch)
     config = Gemma2Config(
         hidden_size=32,
         intermediate_size=48,

@@ -44,7 +44,7 @@ from trainers.splits import Split, batches
 from trainers.training import DROPOUT, MICRO_TOKENS, Late, Run, derive_seed, evaluation, is_out_of_memory, rate
 
 T = TypeVar("T")
-WARM_ROWS, WARM_STEPS = 16, 4  # in which everything is compiled, and captured where the rows are alike
+WARM_ROWS, WARM_STEPS = 16, 3  # in which everything is compiled and captured: the same rows each time
 _REPORTS_AHEAD = 2  # steps whose figures may still be on their way from the GPU
 
 
@@ -84,6 +84,8 @@ class FullEngine:
         self._own = weights.Resident(base, fixed=options.graphs)
         self._alone = Replica(self._own, train, longest, options)
         self._alone.verify()
+        if not self._alone.padding_free:  # streams are what is captured
+            self._without_graphs()
         self._trained: Replica | Ensemble = self._alone
         if job is not None and job.processes > 1:
             self._trained = Ensemble(job, self._own.pristine, self._alone, options)
@@ -114,19 +116,23 @@ class FullEngine:
                 raise
             sys.stderr.write(f"{self.base.name}: trains without CUDA graphs: {one_line(error)}\n")
             torch.cuda.set_stream(stream)  # a capture that fails leaves its own
-            self._own.without_graphs()
-            self._alone.without_graphs()
-            self._graphs = False
             self._release()
+            self._without_graphs()
             self._warm()
+
+    def _without_graphs(self) -> None:
+        self._graphs = False
+        self._own.without_graphs()
+        self._alone.without_graphs()
 
     def _warm(self) -> None:
         count = min(self.train.rows, WARM_ROWS)
-        examples = WARM_STEPS * count
-        config = TrialConfig(number=0, method="full", learning_rate=0.0, batch_size=count, examples=examples, seed=0)
+        config = TrialConfig(number=0, method="full", learning_rate=0.0, batch_size=count, examples=count, seed=0)
         try:
             self.admit(config, None, None)
-            self.advance(lambda: False)
+            rows = self._of(0).batches[0].tolist()
+            for _ in range(WARM_STEPS):
+                self._attempt(0, "warm-up", lambda: self._trained.step(rows, 0, 0.0, config.clip_norm))
             self.evaluate(0, 1)
             self.drop(0)
         except (TrialFailed, GroupError):
@@ -151,7 +157,7 @@ class FullEngine:
         except RuntimeError as error:
             failure = "out_of_memory" if is_out_of_memory(error) else "error", str(error).splitlines()[0]
         if failure is not None or self._run is None:
-            self._release()
+            self._release(out_of_memory=failure is not None and failure[0] == "out_of_memory")
             raise TrialFailed(config.number, *(failure or ("error", "no trial was built")))
         self._run.until_tokens = until_tokens
         return self._run.position
@@ -239,7 +245,7 @@ class FullEngine:
                 raise
             message = f"{doing}: {str(error).splitlines()[0]}"
         # Outside the except block, whose traceback would keep the tensors of what failed alive.
-        self._release()
+        self._release(out_of_memory=True)
         raise TrialFailed(trial, "out_of_memory", message)
 
     # --- judging ----------------------------------------------------------------------------------------------------
@@ -329,10 +335,12 @@ class FullEngine:
         self._of(trial)
         self._release()
 
-    def _release(self) -> None:
+    def _release(self, *, out_of_memory: bool = False) -> None:
         self._run = None
         self._reports.clear()
         self._trained.close()
+        if out_of_memory:  # the next trial shall not fail for what this one left
+            self._alone.rest()
         self.base.busy = False
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -30,7 +30,10 @@ class Weights(Protocol):
     base: Base
     masters: dict[str, nn.Parameter]
     compiled: bool
-    kept_bytes: int  # of the device, from one trial to the next
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the device, from one trial to the next."""
 
     def open(self, saved: Mapping[str, torch.Tensor] | None) -> None:
         """Puts the base weights in, or those of a checkpoint (fp32, on the host, by parameter)."""
@@ -100,6 +103,9 @@ class Pristine:
 class Resident:
     """Implements `Weights` in the base model itself, in one process.
 
+    With fixed gradients a weight that a step does not reach has a gradient of zero, and none otherwise: AdamW then
+    steps it by its moments and its decay.
+
     Where the weights are in bf16, the optimizer steps fp32 masters, whose gradients are gathered in fp32 as backward
     yields them; after each step the weights are their rounding.
     """
@@ -111,7 +117,6 @@ class Resident:
         self.base = base
         self.masters: dict[str, nn.Parameter] = {}
         self.pristine = Pristine(base)
-        self.kept_bytes = 0
         self._fixed = fixed
         self._gradients: dict[str, torch.Tensor] = {}
         self._rounded: list[nn.Parameter] = []  # weights that are not their own masters, in the masters' order
@@ -133,7 +138,6 @@ class Resident:
                 if name not in self._gradients:
                     self._gradients[name] = torch.empty_like(master)
                 master.grad = self._gradients[name].zero_()  # the trial before may have left in the middle of a step
-            self.kept_bytes = sum(gradient.nbytes for gradient in self._gradients.values())
         if saved is not None:
             check(self.masters, saved)
             with torch.no_grad():
@@ -158,9 +162,14 @@ class Resident:
                 master.grad = None
         self._round()
 
+    @property
+    def kept_bytes(self) -> int:
+        """See Weights."""
+        return sum(gradient.nbytes for gradient in self._gradients.values())
+
     def forget(self) -> None:
         """See Weights."""
-        self._gradients, self.kept_bytes = {}, 0
+        self._gradients = {}
 
     def without_graphs(self) -> None:
         """From the next trial on gradients are made as they come."""

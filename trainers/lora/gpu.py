@@ -77,7 +77,7 @@ class Frame:
     uses: int = 0  # to train in
     looks: int = 0  # to judge in
     graphs: dict[tuple[bool, int], Captured] = field(default_factory=dict)  # by dropout and rank
-    judging: dict[int, Judging] = field(default_factory=dict)  # by rank
+    judging: Judging | None = None
 
 
 class _Staging:
@@ -250,7 +250,7 @@ class GpuRunner:
         for group in self._groups:
             group.stream = stream
         frame = next(frame for frame in self._frames.values() if frame.stream is stream)
-        self._captured = None
+        self._captured = self._hidden = None  # of a backward that failed, its whole graph
         if not training:
             return self._judge(frame)
         frame.uses += 1
@@ -270,18 +270,16 @@ class GpuRunner:
         Launched layer by layer they take six times as long as those of a model without adapters.
         """
         frame.looks += 1
-        rank = frame.stream.rank
-        if self.graphs and rank not in frame.judging and frame.looks > 1:
-            _tidy()
+        if self.graphs and frame.judging is None and frame.looks > 1:
             forward = torch.cuda.CUDAGraph()
             with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
                 hidden = self._body(frame.stream, training=False)
-            frame.judging[rank] = Judging(forward, hidden)
+            frame.judging = Judging(forward, hidden)
             self._keep(hidden)
-        if rank not in frame.judging:
+        if frame.judging is None:
             return self._body(frame.stream, training=False)
-        frame.judging[rank].forward.replay()
-        return frame.judging[rank].hidden
+        frame.judging.forward.replay()
+        return frame.judging.hidden
 
     def backward(self, stream: Stream, gradient: torch.Tensor) -> None:
         """Adds the adapters' gradients to the slots, from the gradient [T, d] of the last forward's hidden states."""
@@ -361,7 +359,6 @@ class GpuRunner:
 
     def _capture(self, frame: Frame, key: tuple[bool, int]) -> None:
         """Captures forward and backward of a frame. The gradient is zero meanwhile, so no slot's changes."""
-        _tidy()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Threads that write checkpoints wait for events of their own meanwhile, which must not end the capture.
         with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
@@ -376,9 +373,3 @@ class GpuRunner:
         """Counts what a capture keeps."""
         allocated = self.kept.allocated + sum(output.nbytes for output in outputs)
         self.kept = Kept(allocated, held_by_graphs(self._pool))
-
-
-def _tidy() -> None:
-    """Before a capture: what eager steps left in the allocator would be kept beside the graph's own memory."""
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
