@@ -266,23 +266,28 @@ class _Model:
         """
         level, drift, before = self._level(work.engine)
         usual = NOISE**2 + TRIAL**2
-        farthest = OUTLIER * self.scale * math.sqrt(usual + drift)
+        farthest = OUTLIER * math.sqrt(self.scale**2 * usual + drift)
         moved = ratio - float(self.joint([work])[0][0]) - level
         moved = min(max(moved, -farthest), farthest)
         gain = 1 - (1 - GAIN) ** weight
-        drift = max(drift + gain * (moved * before - drift), DRIFT**2)
+        drift = max(drift + gain * (moved * before - drift), 0.0)
         self._levels[work.engine] = level + gain * moved, drift, moved
 
     def _level(self, engine: float) -> tuple[float, float, float]:
         """The level now, in log seconds, the variance of how far it will have moved by then, and its last move."""
-        return self._levels.get(engine, (0.0, DRIFT**2 if self.measured else 0.0, 0.0))
+        return self._levels.get(engine, (0.0, 0.0, 0.0))
 
     def predict(self, works: Sequence[Work]) -> tuple[Array, Array, float]:
-        """`joint` at the present level, which may be another one by then: for all that one engine does alike."""
+        """`joint` at the present level, which may be another one by then: for all that one engine does alike.
+
+        How far it drifted was measured: the factor by which all is off that is assumed does not apply to it.
+        """
         means, covariance, scale = self.joint(works)
         engines = np.array([work.engine for work in works])
         levels, drifts, _ = np.array([self._level(engine) for engine in engines]).T
-        return means + levels, covariance + drifts * (engines[:, None] == engines[None, :]), scale
+        assumed = DRIFT**2 if self.measured else 0.0
+        drifted = np.maximum(drifts / scale**2, assumed) * (engines[:, None] == engines[None, :])
+        return means + levels, covariance + drifted, scale
 
     def joint(self, works: Sequence[Work]) -> tuple[Array, Array, float]:
         """Mean and covariance of the log ratios of several works, noise apart, and the factor of their sd."""
