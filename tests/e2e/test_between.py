@@ -94,7 +94,8 @@ def test_the_worker_of_the_search_goes_on_with_the_race(tmp_path: Path) -> None:
     found = read(tmp_path)
     assert any("parked: the cap was reached" in text for text in found["log"])
     assert len(found["workers"]) == 1
-    assert [trial.state for trial in records.confirmations(found["trials"])] == ["completed"] * 2
+    states = [trial.state for trial in records.confirmations(found["trials"])]
+    assert len(states) >= 2 and set(states) == {"completed"}, "both seeds, and more where money is left"
 
 
 def test_the_same_cap_again_does_not_reopen_a_race(tmp_path: Path) -> None:
