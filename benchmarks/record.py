@@ -314,7 +314,7 @@ def measure(engine: Engine, config: TrialConfig, seconds: float, device: str) ->
 
     engine.advance(over)
     engine.evaluate(config.number, None)
-    peak.take_bytes(engine, ())
+    peak.take_bytes({config.method: engine}, config.method)
     started, before = now(), engine.position(config.number).tokens
     end[0] = started + seconds
     engine.advance(over)
@@ -325,7 +325,7 @@ def measure(engine: Engine, config: TrialConfig, seconds: float, device: str) ->
     return {
         "seconds_per_token": (middle - started) / max(after - before, 1),
         "evaluate_seconds": evaluated - middle,
-        "peak_bytes": peak.take_bytes(engine, ()) if cuda else None,
+        "peak_bytes": peak.take_bytes({config.method: engine}, config.method) if cuda else None,
     }
 
 

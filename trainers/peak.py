@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from trainers.engine import Engine
 
@@ -21,16 +21,17 @@ def held_by_graphs(pool: tuple[int, int] | None = None) -> int:
     )
 
 
-def take_bytes(engine: Engine, others: Iterable[Engine]) -> int | None:
+def take_bytes(engines: Mapping[str, Engine], method: str) -> int | None:
     """Returns the GPU memory's high-water mark since the last call, in bytes; None where no GPU is in use.
 
-    What `others`, which are not at work, keep for their next trials is not in it.
+    What engines of other methods than the one at work keep for their next trials is not in it.
     """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return None
-    kept = [other.kept() for other in others]
-    allocated = int(torch.cuda.max_memory_allocated()) - sum(it.allocated for it in kept) + engine.kept().in_graphs
+    kept = [engine.kept() for other, engine in engines.items() if other != method]
+    in_graphs = engines[method].kept().in_graphs
+    allocated = int(torch.cuda.max_memory_allocated()) - sum(it.allocated for it in kept) + in_graphs
     reserved = int(torch.cuda.max_memory_reserved()) - sum(it.allocated + it.in_graphs for it in kept)
     torch.cuda.reset_peak_memory_stats()
     return min(allocated, reserved)

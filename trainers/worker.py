@@ -160,10 +160,6 @@ class Worker:
         assert self._method is not None
         return self._loaded.engines[self._method]
 
-    def _take_peak(self) -> int | None:
-        others = [engine for method, engine in self._loaded.engines.items() if method != self._method]
-        return peak.take_bytes(self._engine(), others)
-
     def _any_method(self) -> Method:
         return "lora" if "lora" in self._loaded.engines else "full"
 
@@ -263,7 +259,7 @@ class Worker:
             self._loaded.make_room(config.method)
         self._method = config.method
         if not self._trials:
-            self._take_peak()  # of whoever left in between
+            peak.take_bytes(self._loaded.engines, self._method)  # of whoever left in between
         started_ns = self._meter.now_ns()
         try:
             with self._meter.on("checkpoint" if resume else f"trial:{config.number}"):
@@ -383,7 +379,8 @@ class Worker:
             return
         self._take_loss(trial)
         trial.standing = True
-        peak_bytes = self._take_peak()
+        assert self._method is not None
+        peak_bytes = peak.take_bytes(self._loaded.engines, self._method)
         keeps = trial.at.done or self._method == "lora"
 
         def say(checkpoint_ms: int, write_ms: int) -> None:
