@@ -92,9 +92,7 @@ def full_steps(base: Base, setup: Setup, options: argparse.Namespace) -> dict[st
     for graphs in (False, True):
         engine: Any = FullEngine(base, setup.train, setup.validation, 64)
         if not graphs:
-            engine._own.without_graphs()
-            engine._alone.without_graphs()
-            engine._graphs = False
+            engine._without_graphs()
         engine.warm_up()
         engine.admit(config, None, None)
 
@@ -105,7 +103,7 @@ def full_steps(base: Base, setup: Setup, options: argparse.Namespace) -> dict[st
         milliseconds(step, 5)
         runs.append(milliseconds(step, options.times))
         engine.drop(0)
-    return {**compared("full step", *runs), "captured": engine._graphs}
+    return {**compared("full step", *runs), "captured": engine._alone.graphs}
 
 
 def coming_back(engine: Any, setup: Setup, options: argparse.Namespace) -> dict[str, Any]:

@@ -172,8 +172,7 @@ class Workers:
             return False
         # The worker ends before a step that would pass its time, and has to be told before that.
         margin_ms = min(lengths.slice // 3, TOLD_MS + round(3000 * self._longest_step(worker.slots.get("lora", 1))))
-        ending_ms = worker.work_ms - margin_ms
-        return self.now_ms(worker) >= ending_ms
+        return self.now_ms(worker) >= worker.work_ms - margin_ms
 
     def pressed(self, worker: WorkerRow, lengths: Lengths, gap_ms: int) -> bool:
         """Whether the worker has said something, or its next slice is due: the sampler's questions can wait."""

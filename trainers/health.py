@@ -37,6 +37,7 @@ class Health:
     smooth: float = math.nan
     above: int = 0
     solid: int = 0
+    margin: float = MARGIN
     last: float = math.nan
     moves: list[float] = field(default_factory=list)  # of the loss, from one of the first steps to the next
     recent: list[float] = field(default_factory=list)
@@ -50,7 +51,8 @@ class Health:
         if self.seen <= 3:
             self.start += (loss - self.start) / self.seen
         self.smooth = loss if math.isnan(self.smooth) else DECAY * self.smooth + (1 - DECAY) * loss
-        bound = self.start + self._margin(loss)
+        self._look_at_noise(loss)
+        bound = self.start + self.margin
         worse = not self.resumed and self.smooth > bound
         self.above = self.above + 1 if worse else 0
         self.solid = self.solid + 1 if worse and loss > bound else 0
@@ -66,12 +68,10 @@ class Health:
             return f"loss {self.smooth:.3g} for {self.above} steps, above the {self.start:.3g} it started from"
         return None
 
-    def _margin(self, loss: float) -> float:
-        """Nats above the start that noise between batches explains."""
+    def _look_at_noise(self, loss: float) -> None:
+        """Widens the margin by what batches differ, as the first steps show it."""
         if not math.isnan(self.last) and len(self.moves) < NOISE_STEPS:
             self.moves.append(abs(loss - self.last))
+            # The median of |a - b| of two draws of a normal distribution is 0.954 standard deviations.
+            self.margin = MARGIN + min(MOST_NOISE, NOISES * statistics.median(self.moves) / 0.954)
         self.last = loss
-        if not self.moves:
-            return MARGIN
-        # The median of |a - b| of two draws of a normal distribution is 0.954 standard deviations.
-        return MARGIN + min(MOST_NOISE, NOISES * statistics.median(self.moves) / 0.954)

@@ -80,7 +80,6 @@ class FullEngine:
         options = _options(base, micro_tokens, job, compiled)
         optimizers.find(options.optimizer)
         longest = int(max(train.lengths.max(), validation.lengths.max()))
-        self._graphs = options.graphs
         self._own = weights.Resident(base, fixed=options.graphs)
         self._alone = Replica(self._own, train, longest, options)
         self._alone.verify()
@@ -108,7 +107,7 @@ class FullEngine:
         The engine is as fresh as before, also where there is no memory for a trial. A model whose steps can't be
         captured trains without graphs, and worker.log says so.
         """
-        stream = torch.cuda.current_stream() if self._graphs else None
+        stream = torch.cuda.current_stream() if self._alone.graphs else None
         try:
             self._warm()
         except RuntimeError as error:
@@ -121,7 +120,6 @@ class FullEngine:
             self._warm()
 
     def _without_graphs(self) -> None:
-        self._graphs = False
         self._own.without_graphs()
         self._alone.without_graphs()
 

@@ -152,7 +152,7 @@ class Replica:
         total = torch.zeros((), device=self.base.device)
         # FSDP2 takes the mean of the processes' gradients, where the sum is wanted.
         weight = self.ranks / completion
-        if self._options.graphs:
+        if self.graphs:
             self._make_room(0)
             for part in self._parts(rows, self.train):
                 total += self._replayed([rows[place] for place in part], weight)
@@ -192,10 +192,9 @@ class Replica:
         The head is outside of them, since its chunks are as many as there are scored tokens.
         """
         assert self._runner is not None
-        stream, targets = self._runner.load(self.train, [Part(0, None, rows, list(range(len(rows))), 0, weight)])
+        stream, targets = self._runner.load(self.train, _all_of(rows, weight))
         hidden = self._runner.forward(stream).detach().requires_grad_()
-        scored = hidden.index_select(0, targets.predict)
-        loss = chunked_nll(scored, self.base.head.weight, targets.tokens, targets.weights)
+        loss = self._nll(hidden, targets)
         loss.backward()
         assert hidden.grad is not None
         self._runner.backward(stream, hidden.grad)
@@ -215,7 +214,9 @@ class Replica:
 
     def _loss(self, rows: list[int], weight: float) -> torch.Tensor:
         """The rows' loss, each completion token's times `weight`, with its graph."""
-        hidden, targets = self._hidden(self.train, rows, weight, training=True)
+        return self._nll(*self._hidden(self.train, rows, weight, training=True))
+
+    def _nll(self, hidden: torch.Tensor, targets: Targets) -> torch.Tensor:
         scored = hidden.index_select(0, targets.predict)
         return chunked_nll(scored, self.base.head.weight, targets.tokens, targets.weights)
 
@@ -228,8 +229,8 @@ class Replica:
             targets = Targets(batch.predict, batch.targets, torch.zeros_like(batch.targets), weights)
             return decoder.last_hidden_state[0], targets
         stream: Stream
-        stream, targets = self._runner.load(split, [Part(0, None, rows, list(range(len(rows))), 0, weight)])
-        if self._options.graphs and not training:
+        stream, targets = self._runner.load(split, _all_of(rows, weight))
+        if self.graphs and not training:
             return self._runner.forward(stream, training=False), targets
         return self._runner.body(stream, training), targets
 
@@ -268,6 +269,11 @@ class Replica:
             return generation.greedy(self.base.model, self.base.tokenizer, prompts, max_new_tokens, self.micro_tokens)
 
     # --- between trials ---------------------------------------------------------------------------------------------
+
+    @property
+    def graphs(self) -> bool:
+        """Whether steps are captured."""
+        return self._options.graphs
 
     def kept(self) -> Kept:
         """What `rest` would give back."""
@@ -329,6 +335,11 @@ class Replica:
             return
         with self._runner.engaged():
             yield
+
+
+def _all_of(rows: list[int], weight: float) -> list[Part]:
+    """A stream of the base model's alone: its rows are all that is in it."""
+    return [Part(0, None, rows, list(range(len(rows))), 0, weight)]
 
 
 def _checkpoint_layers(base: Base) -> None:

@@ -98,19 +98,22 @@ class Layout:
         kinds = self.kinds(targets)
         return None if kind not in kinds else sum(self.sizes[k] for k in kinds[: kinds.index(kind)])
 
+    def offset(self, targets: str, rank: int, group: Group, element: int) -> int | None:
+        """Where a part of a group begins in a buffer; `element` counts for a rank of one. None: not targeted."""
+        start = self.start(targets, group.kind)
+        return None if start is None else padded(rank) * (start + element)
+
     def places(self, targets: str, rank: int) -> list[Place]:
         """The targeted linear layers of the model, in its order."""
         rows = padded(rank)
         if (targets, rows) not in self._places:
             found = []
             for group in self.groups:
-                start = self.start(targets, group.kind)
-                if start is None:
-                    continue
                 for member, (name, order) in enumerate(zip(group.names, group.order, strict=True)):
-                    first = rows * (start + group.first + member * group.inputs)
-                    second = rows * (start + group.seconds[member])
-                    found.append((order, Place(name, group.inputs, group.outputs[member], first, second)))
+                    first = self.offset(targets, rank, group, group.first + member * group.inputs)
+                    second = self.offset(targets, rank, group, group.seconds[member])
+                    if first is not None and second is not None:
+                        found.append((order, Place(name, group.inputs, group.outputs[member], first, second)))
             self._places[targets, rows] = [place for _, place in sorted(found, key=lambda pair: pair[0])]
         return self._places[targets, rows]
 
@@ -178,8 +181,7 @@ class Slot:
     def offset(self, group: Group, element: int) -> int | None:
         """Where a group's part begins in the buffer; `element` is `first` or one of `seconds`. None: not targeted."""
         assert self.config.targets is not None
-        start = self.layout.start(self.config.targets, group.kind)
-        return None if start is None else padded(self.rank) * (start + element)
+        return self.layout.offset(self.config.targets, self.rank, group, element)
 
     def first(self, buffer: torch.Tensor, group: Group) -> torch.Tensor | None:
         """A of a group in one of the slot's buffers, [J, padded rank, inputs]."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -272,7 +272,7 @@ class GpuRunner:
         frame.looks += 1
         if self.graphs and frame.judging is None and frame.looks > 1:
             forward = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
+            with self._recorded(forward):
                 hidden = self._body(frame.stream, training=False)
             frame.judging = Judging(forward, hidden)
             self._keep(hidden)
@@ -360,14 +360,18 @@ class GpuRunner:
     def _capture(self, frame: Frame, key: tuple[bool, int]) -> None:
         """Captures forward and backward of a frame. The gradient is zero meanwhile, so no slot's changes."""
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Threads that write checkpoints wait for events of their own meanwhile, which must not end the capture.
-        with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
+        with self._recorded(forward):
             hidden = self._body(frame.stream, training=True)
         slope = torch.zeros_like(hidden)
-        with torch.cuda.graph(backward, pool=self._pool, capture_error_mode="thread_local"):
+        with self._recorded(backward):
             hidden.backward(slope)
         frame.graphs[key] = Captured(forward, backward, hidden.detach(), slope)
         self._keep(hidden, slope)
+
+    def _recorded(self, graph: torch.cuda.CUDAGraph) -> AbstractContextManager[None]:
+        """What is launched in the context becomes the graph's."""
+        # Threads that write checkpoints wait for events of their own meanwhile, which must not end the capture.
+        return torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
 
     def _keep(self, *outputs: torch.Tensor) -> None:
         """Counts what a capture keeps."""
