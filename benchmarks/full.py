@@ -107,7 +107,10 @@ def predictions(setup: Setup, options: argparse.Namespace, config: TrialConfig, 
 
         tokens = length_of(tokens, engine.micro_tokens)
     longest = int(max(setup.train.lengths.max(), setup.validation.lengths.max()))
-    streams = {"predicted": (tokens, several), "planned": memory.full_tokens([config.batch_size], longest)}
+    streams = {
+        "predicted": (tokens, several),
+        "planned": memory.full_tokens([config.batch_size], longest, processes, engine.micro_tokens),
+    }
     how = {"optimizer": options.optimizer, "checkpointing": options.checkpointing, "processes": processes}
     shape = shape_by_name(options.shape)
     found = {}
@@ -151,11 +154,12 @@ class Bench:
                 methods=["full"],
                 optimizer=options.optimizer,
                 checkpointing=options.checkpointing,
+                full_tokens=options.tokens or (memory.SHARDED_TOKENS if processes > 1 else memory.MICRO_TOKENS),
                 processes=processes,
                 **times,
             )
             self.engines[processes] = FullEngine(
-                self.base, setup.train, setup.validation, 64, options.tokens, job, compiled=not options.eager
+                self.base, setup.train, setup.validation, 64, job=job, compiled=not options.eager
             )
         for other, engine in self.engines.items():
             if other != processes:
@@ -372,7 +376,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--optimizer", choices=("adamw", "adamw-8bit"), default="adamw")
     parser.add_argument("--steps", type=int, default=30, help="that are measured")
     parser.add_argument("--warm-up", type=int, default=5, help="steps before: compilers and allocators settle")
-    parser.add_argument("--tokens", type=int, help="that go through the model at once, in each process")
+    parser.add_argument("--tokens", type=int, help="at once in each process, if not what a study would take")
     parser.add_argument("--rate", type=float, default=2e-5, help="learning rate")
     parser.add_argument("--eager", action="store_true", help="compile no layers")
     parser.add_argument("--rounding", action="store_true", help="what another order of sums does to losses")

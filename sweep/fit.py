@@ -23,6 +23,7 @@ from sweep.spec import MAX_SLOTS, FullSpec, Method, Spec
 from trainers.memory import (
     GIB,
     MICRO_TOKENS,
+    SHARDED_TOKENS,
     SHORTEST_STREAM,
     Correction,
     Peak,
@@ -206,9 +207,9 @@ def _lora_remedies(
         yield remedy({"search.targets": ["attention"]}, targets="attention")
 
 
-def full_setup(spec: Spec, full: FullSpec, longest: int) -> Setup:
-    """How a spec's full-parameter trials train, as `full` says."""
-    tokens, accumulates = full_tokens(spec.search.batch_size, longest)
+def full_setup(spec: Spec, full: FullSpec, longest: int, most: int = MICRO_TOKENS) -> Setup:
+    """How a spec's full-parameter trials train, as `full` says, `most` tokens at once."""
+    tokens, accumulates = full_tokens(spec.search.batch_size, longest, full.processes, most)
     return Setup(
         method="full",
         tokens=tokens,
@@ -220,9 +221,12 @@ def full_setup(spec: Spec, full: FullSpec, longest: int) -> Setup:
 
 
 def _full(spec: Spec, shape: Shape, card: Card, longest: int, corrections: Corrections, full: FullSpec) -> Row:
-    correction, setup = corrections.get("full", Correction()), full_setup(spec, full, longest)
-    needed = correction.apply(peak(shape, setup))
-    fits = needed.total <= card.room
+    correction = corrections.get("full", Correction())
+    lengths = (SHARDED_TOKENS, MICRO_TOKENS) if full.processes > 1 else (MICRO_TOKENS,)
+    setups = [full_setup(spec, full, longest, most) for most in lengths]
+    peaks = [correction.apply(peak(shape, setup)) for setup in setups]
+    at = next((i for i, found in enumerate(peaks) if found.total <= card.room), len(peaks) - 1)
+    setup, needed, fits = setups[at], peaks[at], peaks[at].total <= card.room
     remedies = () if fits else tuple(_full_remedies(spec, shape, card, longest, correction, full))
     return Row(setup, needed, fits, None, remedies)
 
@@ -282,8 +286,9 @@ def as_json(
 def settle(spec: Spec, facts: Mapping[str, Any], corrections: Corrections) -> dict[str, Any]:
     """Decides whether full-parameter trials keep activations, and refuses what can't fit on this machine's GPU.
 
-    Returns `checkpointing`, and `memory`, a line for people, where there is a GPU. Raises SpecError. On a CPU, on
-    recorded curves and for a model whose memory cannot be predicted nothing is refused.
+    Returns `checkpointing` and, where there is a GPU, `full_tokens`, how many go through the model at once, and
+    `memory`, a line for people. Raises SpecError. On a CPU, on recorded curves and for a model whose memory cannot be
+    predicted nothing is refused.
     """
     wanted = spec.full.checkpointing is True
     if not facts.get("gpu_memory_bytes") or not facts.get("shape"):
@@ -306,6 +311,7 @@ def settle(spec: Spec, facts: Mapping[str, Any], corrections: Corrections) -> di
     chosen = next((row for row in full if row.fits), None)
     return {
         "checkpointing": chosen.setup.checkpointing if chosen else wanted,
+        "full_tokens": max(chosen.setup.tokens, MICRO_TOKENS) if chosen else None,
         "memory": _line([*lora, *([chosen] if chosen else [])], card),
     }
 
@@ -400,10 +406,11 @@ def _setup_of(config: TrialConfig, width: float, spec: Spec, facts: Mapping[str,
     train = facts["data"]["splits"]["train"]
     if config.method == "full":
         mean = train["tokens"] / train["rows"]
-        batch = round(config.batch_size * mean)
-        tokens = max(min(batch, MICRO_TOKENS), train.get("longest", 0))
+        batch = round(config.batch_size * mean / spec.full.processes)
+        most = facts.get("full_tokens") or MICRO_TOKENS
+        tokens = max(min(batch, most), train.get("longest", 0))
         full = spec.full.model_copy(update={"checkpointing": bool(facts.get("checkpointing"))})
-        return replace(full_setup(spec, full, 1), tokens=tokens, accumulates=batch > MICRO_TOKENS)
+        return replace(full_setup(spec, full, 1), tokens=tokens, accumulates=batch > most)
     tokens = facts.get("stream_tokens")
     if tokens is None or config.rank is None or config.targets is None:
         return None

@@ -95,6 +95,7 @@ def _job(
         methods=list(spec.search.method),
         optimizer=spec.full.optimizer,
         checkpointing=bool(facts.get("checkpointing")),
+        full_tokens=facts.get("full_tokens"),
         processes=spec.full.processes,
     )
 

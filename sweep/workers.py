@@ -355,6 +355,7 @@ class Workers:
             max_new_tokens=spec.objective.max_new_tokens,
             optimizer=spec.full.optimizer,
             checkpointing=bool(self.study.facts.get("checkpointing")),
+            full_tokens=self.study.facts.get("full_tokens"),
             processes=spec.full.processes,
         )
 

@@ -84,11 +84,13 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     from trainers import models
     from trainers.data import prepare
     from trainers.metrics import LOSS
+    from trainers.quantised import check_quantised
 
     folder = models.resolve(request["model"])
     config = models.load_config(folder)
     tokenizer = models.load_tokenizer(folder)
     models.check_weights(folder)
+    check_quantised(folder.name, config, request["methods"])
     model = models.skeleton(config)
     models.head_of(model)
     text = config.get_text_config()

@@ -1,8 +1,8 @@
 """Predicted peak GPU memory of a configuration, part by part. Torch-free: the orchestrator imports this module.
 
-LoRA trials train in the packed engine over frozen bf16 weights. A full-parameter trial has bf16 weights, fp32 masters,
-fp32 gradients and AdamW's moments: 18 bytes a parameter (Rajbhandari et al., "ZeRO", 2020, with gradients in fp32).
-What compiled layers keep for backward, in bytes a token, is
+LoRA trials train in the packed engine over frozen base weights, bf16 or quantised. A full-parameter trial has bf16
+weights, fp32 masters, fp32 gradients and AdamW's moments: 18 bytes a parameter (Rajbhandari et al., "ZeRO", 2020, with
+gradients in fp32). What compiled layers keep for backward, in bytes a token, is
 
     2 (group inputs + norm inputs + q, k, v + gates) + 4 (heads + norm rows)       of the model
     2 r linears                                                                    of adapters of a stream's rank r
@@ -30,6 +30,7 @@ from trainers.messages import Method, Optimizer, Targets, TrialConfig
 GIB = 2**30
 LEAST_MARGIN, MARGIN = 2 * GIB, 0.08  # of a GPU's memory, for what the sum does not count: the larger of the two
 MICRO_TOKENS = 8192  # through the model at once on a GPU (trainers/training.py), unless a probe finds another length
+SHARDED_TOKENS = 16384  # the same on each of several GPUs, where it fits: every part gathers all weights anew
 CAPTURED = 2**29  # parameters up to which full training runs from CUDA graphs: launching takes longer than computing
 SHORTEST_STREAM = 2048  # tokens: what a probe tries first (trainers/lora/probe.py)
 RANK_STEP = 16  # ranks are computed with in multiples (trainers/lora/bank.py)
@@ -37,7 +38,7 @@ ADAPTER_BYTES = 18  # a parameter: fp32 weight, gradient and two moments, and th
 HEAD_LOGITS, HEAD_ROWS = 2**28, 512  # at once (trainers/lora/head.py): logits at most, tokens at least
 MOMENTS = {"adamw": 8.0, "adamw-8bit": 2 * (1 + 4 / 256)}  # bytes a parameter; 8-bit: one fp32 scale a block of 256
 WORDS = {
-    "weights": "base weights, bf16",
+    "weights": "base weights",
     "adapters": "adapters: fp32 weights, gradients, moments; bf16 copy",
     "masters": "fp32 masters",
     "moments": "optimizer moments",
@@ -72,6 +73,7 @@ class Shape:
     gates: int  # elements that activation functions read: outputs of the MLP's first linears
     outside: int  # bytes that what is around the layers keeps, over frozen weights
     outside_trained: int  # the same where all weights are trained
+    weight_bytes: float = 2.0  # of one weight of the layers' linears, with its share of the scales: bf16, or quantised
 
     def per_rank(self, targets: Targets) -> int:
         """Parameters of an adapter for each unit of rank."""
@@ -82,6 +84,12 @@ class Shape:
     def columns(self) -> int:
         """Linear layers inside of the decoder's layers."""
         return sum(count for shapes in self.linears.values() for *_, count in shapes)
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of frozen base weights."""
+        quantised = sum(i * o * count for shapes in self.linears.values() for i, o, count in shapes)
+        return round(2 * self.parameters - (2 - self.weight_bytes) * quantised)
 
     @property
     def head(self) -> int:
@@ -196,7 +204,7 @@ def _lora(shape: Shape, setup: Setup) -> Peak:
     ends = shape.outside + 4 * 2 * shape.hidden
     return Peak(
         {
-            "weights": 2 * shape.parameters,
+            "weights": shape.base_bytes,
             "adapters": setup.slots * slot_bytes(shape, setup.targets, setup.rank),
             "activations": tokens * (layer_token(shape, setup.rank) + ends),
             # Forward and backward are captured, so that their memory is not the head's between them.
@@ -240,11 +248,14 @@ def captures(parameters: int, *, checkpointing: bool, processes: int) -> bool:
     return parameters <= CAPTURED and not checkpointing and processes == 1
 
 
-def full_tokens(batch_sizes: Sequence[int], longest: int) -> tuple[int, bool]:
-    """Tokens of a full-parameter trial that go through the model at once, for examples of at most `longest` tokens, and
-    whether a batch is more than that."""
-    batch = max(batch_sizes) * longest
-    return max(min(MICRO_TOKENS, batch), longest), batch > max(MICRO_TOKENS, longest)
+def full_tokens(
+    batch_sizes: Sequence[int], longest: int, processes: int = 1, most: int = MICRO_TOKENS
+) -> tuple[int, bool]:
+    """Tokens of a full-parameter trial that go through the model at once in each process, for examples of at most
+    `longest` tokens and parts of a batch of at most `most`, and whether a process's share of a batch is more than that.
+    """
+    batch = -(-max(batch_sizes) // processes) * longest
+    return max(min(most, batch), longest), batch > max(most, longest)
 
 
 def slots_beside(shape: Shape, setup: Setup, space: int, correction: Correction, most: int) -> int:

@@ -198,11 +198,12 @@ def load_base(model: str, device: str) -> Base:
     tokenizer = load_tokenizer(folder)
     check_weights(folder)
     where = pick_device(device)
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=torch.bfloat16 if where.type == "cuda" else torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -213,6 +214,10 @@ def load_base(model: str, device: str) -> Base:
     if report["missing_keys"]:
         # transformers would make the missing weights up at random and only log it.
         raise ModelError(f"{folder.name}: its weights files lack {min(report['missing_keys'])}; download them again")
+    if hasattr(config, "quantization_config"):
+        # What is not quantised keeps the type in which it was saved, whatever was asked for.
+        for parameter in loaded.parameters():
+            parameter.data = parameter.data.to(dtype) if parameter.is_floating_point() else parameter.data
     loaded.requires_grad_(False)
     loaded.eval()
     loaded.config.use_cache = False
@@ -364,6 +369,7 @@ def load_engines(job: WorkerJob) -> LoadedEngines:
     # Imported here: the engines import this module.
     from trainers.full.engine import FullEngine
     from trainers.loss import verify_loss
+    from trainers.quantised import check_quantised
     from trainers.splits import load_split
 
     if job.threads is not None:
@@ -371,6 +377,7 @@ def load_engines(job: WorkerJob) -> LoadedEngines:
     train, validation = (load_split(Path(job.data), name) for name in ("train", "validation"))
     with _timed("base model and kernels"), _compiling_ahead(job, train, validation):
         base = load_base(job.model, job.device)
+        check_quantised(base.name, base.model.config, job.methods)
         verify_loss(base, [train[0], train[min(1, train.rows - 1)]])
     engines: dict[str, Engine] = {}
     gpu = base.device if base.device.type == "cuda" else None

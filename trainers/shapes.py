@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trainers.memory import Shape
 from trainers.models import ModelError, layer_linears, layers_of, one_line
+from trainers.quantised import bytes_a_weight
 
 _TOKENS = 64  # that run through the model; everything is counted a token
 _NAME = "sweep_counted"
@@ -95,6 +96,7 @@ def shape_of(model: PreTrainedModel) -> Shape:
         gates=_gates(frozen, head.in_features) // _TOKENS,
         outside=frozen.outside // _TOKENS,
         outside_trained=trained.outside // _TOKENS,
+        weight_bytes=bytes_a_weight(model.config),
     )
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
+import os
 from pathlib import Path
 
 import pytest
 from studies import sweep, write_spec
-
-from sweep.launch import EIGHT_BIT
 
 ROWS = "".join(json.dumps({"prompt": f"word {n}: ", "completion": f"meaning {n}"}) + "\n" for n in range(40))
 
@@ -69,10 +67,10 @@ def test_other_refusals(tmp_path: Path) -> None:
     assert "no trial was trained to its end" in anyway.stderr and "Traceback" not in anyway.stderr
 
 
-def test_eight_bit_moments_without_a_library(tmp_path: Path) -> None:
+def test_eight_bit_moments_without_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Proves that what a paid worker would stumble over is refused before."""
-    if any(map(find_spec, EIGHT_BIT)):
-        pytest.skip("a library is installed")
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules.update(bitsandbytes=None, torchao=None)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     spec = write_spec(tmp_path, cap="$1")
     (tmp_path / "good.jsonl").write_text(ROWS)
     model = Path(__file__).parents[2] / "models" / "smollm2-135m"

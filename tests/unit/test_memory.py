@@ -177,6 +177,7 @@ def test_margins_and_lengths() -> None:
     assert full_tokens([4, 8], 300) == (2400, False)
     assert full_tokens([4, 8], 2000) == (8192, True)
     assert full_tokens([1], 9000) == (9000, False)
+    assert full_tokens([5], 4000, processes=2, most=16384) == (12000, False)
 
 
 # --- a spec on a GPU --------------------------------------------------------------------------------------------------
@@ -218,6 +219,16 @@ def test_auto_checkpoints_where_it_must(memory: float, checkpointing: bool) -> N
     settled = fit.settle(wanted, facts(SMOLLM2, memory), {})
     assert settled["checkpointing"] is checkpointing
     assert ("checkpointed" in settled["memory"]) is checkpointing
+
+
+def test_several_gpus_take_long_parts_where_they_fit() -> None:
+    """Proves that shorter parts are taken before activations are computed twice, and what one GPU takes."""
+    several = spec(search={"method": ["full"], "batch_size": [128]}, full={"processes": 4})
+    settled = [fit.settle(several, facts(QWEN, memory) | {"gpus": 4}, {}) for memory in (143.0, 79.6, 48.0)]
+    assert [found["full_tokens"] for found in settled] == [16384, 8192, 16384]
+    assert [found["checkpointing"] for found in settled] == [False, False, True]
+    alone = spec(search={"method": ["full"], "batch_size": [64]})
+    assert fit.settle(alone, facts(QWEN, 143.0), {})["full_tokens"] == 8192
 
 
 def test_what_cannot_fit_is_refused_with_a_remedy() -> None:

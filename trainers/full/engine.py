@@ -359,7 +359,8 @@ class FullEngine:
 
 def _options(base: Base, micro_tokens: int | None, job: WorkerJob | None, compiled: bool) -> Options:
     """How trials are trained: as the job says, from graphs where a GPU's time goes into launching."""
-    options = Options(micro_tokens or MICRO_TOKENS[base.device.type], compiled=compiled)
+    wanted = micro_tokens or (None if job is None else job.full_tokens)
+    options = Options(wanted or MICRO_TOKENS[base.device.type], compiled=compiled)
     processes = 1
     if job is not None:
         options = replace(options, optimizer=job.optimizer, checkpointing=job.checkpointing)

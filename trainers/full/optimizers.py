@@ -1,7 +1,7 @@
 """AdamW in fp32, or with 8-bit moments where bitsandbytes or torchao is installed (Dettmers et al., arXiv 2110.02861).
 
 An optimizer's state goes to a checkpoint and comes back by the names that the optimizer itself uses: `exp_avg` and
-`exp_avg_sq` of torch; codes, scales and maps of the 8-bit ones, so that resuming rounds nothing anew.
+`exp_avg_sq` of torch; codes and scales of the 8-bit ones, so that resuming rounds nothing anew.
 """
 
 from __future__ import annotations
@@ -74,7 +74,10 @@ def tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parame
 
 
 def _flat(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """One parameter's state as plain tensors, without the step count."""
+    """One parameter's state as plain tensors, without the step count and without maps from codes to numbers.
+
+    Those are the library's constants, and parameters share them.
+    """
     found: dict[str, torch.Tensor] = {}
     for key, value in state.items():
         if key == "step" or not isinstance(value, torch.Tensor):
@@ -84,7 +87,7 @@ def _flat(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
             found |= {f"{key}.{name}": getattr(value, name) for name in inner}
         else:
             found[key] = value
-    return found
+    return {name: tensor for name, tensor in found.items() if "qmap" not in name}
 
 
 @torch.no_grad()
