@@ -201,7 +201,6 @@ def test_classes_and_remedies_of_7b_on_80_gib() -> None:
         "full.optimizer: adamw-8bit",
         "full: {checkpointing: true, optimizer: adamw-8bit}",
         "full.processes: 2",
-        "full: {processes: 2, checkpointing: true}",
     ]
     for row in found:
         slots = row.slots or 1
@@ -228,7 +227,7 @@ def test_several_gpus_take_long_parts_where_they_fit() -> None:
     assert [found["full_tokens"] for found in settled] == [16384, 8192, 16384]
     assert [found["checkpointing"] for found in settled] == [False, False, True]
     alone = spec(search={"method": ["full"], "batch_size": [64]})
-    assert fit.settle(alone, facts(QWEN, 143.0), {})["full_tokens"] == 8192
+    assert fit.settle(alone, facts(QWEN, 200.0), {})["full_tokens"] == 8192
 
 
 def test_what_cannot_fit_is_refused_with_a_remedy() -> None:
