@@ -190,12 +190,9 @@ def chosen(measure: Measure, confirmed: Sequence[Confirmed]) -> Confirmed | None
     sound = [one for one in confirmed if not one.failed] or confirmed
     enough = min(max(len(one.runs) for one in sound), verdict.MIN_SEEDS)
     kept = [one for one in sound if len(one.runs) >= enough]
-    common = set.intersection(*(set(one.runs) for one in kept))
-
-    def mean(one: Confirmed) -> float:
-        return statistics.fmean(measure.validation(one.runs[seed]) for seed in common or one.runs)
-
-    return min(kept, key=lambda one: (mean(one), one.source.number))
+    kept.sort(key=lambda one: one.source.number)
+    values = [{seed: measure.validation(run) for seed, run in one.runs.items()} for one in kept]
+    return kept[verdict.by_common_seeds(values)[0]]
 
 
 def _by_rank(measure: Measure, confirmed: Sequence[Confirmed]) -> dict[int, Confirmed]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sqlalchemy import Connection, select, update
@@ -24,6 +24,7 @@ from sweep.records import Study, TrialRow
 from sweep.slices import Lengths
 from sweep.store import Store
 from sweep.triage import Funds
+from sweep.verdict import by_common_seeds
 from trainers.messages import Method, TrialConfig
 
 SEED_STEP = 1_000_003  # between the seeds of a study's race: studies whose seeds are neighbours share none
@@ -176,26 +177,11 @@ def _out(candidate: Candidate, candidates: Iterable[Candidate], runs: Runs, seed
 
 
 def _ranked(candidates: Sequence[Candidate], runs: Runs) -> list[Candidate]:
-    """Those with two runs and none that failed, the best first: by the mean over the seeds that all of them have.
-
-    The first two by all seeds that they have in common, as one more seed may have been given to them alone.
-    """
+    """Those with two runs and none that failed, the best first."""
     measured = {c: _measured(c, runs) for c in candidates}
     measured = {c: found for c, found in measured.items() if len(found) > 1 and all(map(math.isfinite, found.values()))}
-    if not measured:
-        return []
-    shared = set.intersection(*(set(values) for values in measured.values()))
-    ranked = sorted(measured, key=lambda c: (_mean(measured[c], shared), candidates.index(c)))
-    if len(ranked) > 1:
-        first, second = (measured[c] for c in ranked[:2])
-        common = first.keys() & second.keys()
-        if _mean(second, common) < _mean(first, common):
-            ranked[:2] = reversed(ranked[:2])
-    return ranked
-
-
-def _mean(values: Mapping[int, float], seeds: Collection[int]) -> float:
-    return statistics.fmean(values[n] for n in seeds) if seeds else math.inf
+    found = sorted(measured, key=candidates.index)
+    return [found[place] for place in by_common_seeds([measured[c] for c in found])]
 
 
 def _further(racing: Sequence[Candidate], runs: Runs, seeds: int) -> list[tuple[Candidate, int]]:

@@ -53,6 +53,28 @@ class Estimate:
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
+def by_common_seeds(values: Sequence[Mapping[int, float]]) -> list[int]:
+    """Places of configurations whose values by seed are given (lower is better), the best first, ties as they come.
+
+    Compared is the mean over the seeds that all of them have, of the first two over all that both have: one more may
+    have been given to them alone.
+    """
+    if not values:
+        return []
+
+    def means(seeds: set[int]) -> list[float]:
+        return [statistics.fmean(v[n] for n in seeds) if seeds <= v.keys() and seeds else math.inf for v in values]
+
+    found = means(set.intersection(*(set(v) for v in values)))
+    order = sorted(range(len(values)), key=lambda place: found[place])
+    if len(order) > 1:
+        first, second = order[:2]
+        found = means(values[first].keys() & values[second].keys())
+        if found[second] < found[first]:
+            order[:2] = second, first
+    return order
+
+
 def t_quantile(level: float, freedom: float) -> float:
     """The t with P(|T| < t) = `level` for `freedom` degrees of freedom, a real number of at least 1; inf is the normal.
 
