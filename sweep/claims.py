@@ -82,6 +82,9 @@ def _sixteen(ranks: Mapping[str, Any] | None) -> tuple[str, str]:
         return f"ranks {listed(RANKS)} were not both confirmed", "open"
     one, other = (rows[rank] for rank in RANKS)
     words = ", ".join(f"r={row['rank']} {figure(row['test'])}" for row in (one, other))
+    for row in (one, other):
+        if row["standing"] == "untuned":
+            return f"{words}: none of the {row['tried']} of r={row['rank']} came to its end in the search", "open"
     (low, high), (lower, higher) = _behind(one), _behind(other)
     if high < lower:
         return f"{words}: 16 is better here", "yes"

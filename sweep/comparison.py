@@ -96,7 +96,9 @@ def compare(connection: Connection, name: str) -> dict[str, Any]:
     ranks = _against_best(measure, by_rank)
     representatives = {method: one.source for method, one in best.items() if one is not None}
     spent = outlay.read(connection, study, trials, representatives)
-    findings = _findings(measure, best, ranks, spent["costs"])
+    tuning = _tuning(trials, by_rank)
+    untuned = {rank: tried for rank, (tried, to_the_end) in tuning.items() if not to_the_end}
+    findings = _findings(measure, best, ranks, untuned, spent["costs"])
     lora, full, share = findings.lora, findings.full, findings.share
     values: dict[str, Any] = {
         "study": name,
@@ -110,7 +112,7 @@ def compare(connection: Connection, name: str) -> dict[str, Any]:
         "share": None if share is None else _share(share),
         "difference": _plain(findings.difference),
         "confirmed": [_configuration(measure, one, best) for one in confirmed],
-        "ranks": None if ranks is None else _rank_values(measure, by_rank, ranks),
+        "ranks": None if ranks is None else _rank_values(measure, by_rank, ranks, tuning),
         "retention": _retention(scored.get((tables.UNTRAINED, "retention")), best, by_rank),
         "overfitting": _overfitting(study, trials),
         **spent,
@@ -220,10 +222,18 @@ def _against_best(measure: Measure, by_rank: Mapping[int, Confirmed]) -> dict[in
     return verdict.against_best(scores, measure.weights, higher_is_better=measure.higher_is_better)
 
 
+def _tuning(trials: Sequence[TrialRow], ranks: Iterable[int]) -> dict[int, tuple[int, int]]:
+    """How many configurations of each rank the search tried, and how many of them it trained to their end."""
+    own = [trial for trial in trials if trial.source is None and trial.config.method == "lora"]
+    tried = {rank: [trial for trial in own if trial.config.rank == rank] for rank in ranks}
+    return {rank: (len(those), sum(t.state == "completed" for t in those)) for rank, those in tried.items()}
+
+
 def _findings(
     measure: Measure,
     best: Mapping[str, Confirmed | None],
     ranks: Mapping[int, Estimate | None] | None,
+    untuned: Mapping[int, int],
     costs: Mapping[str, Any],
 ) -> Findings:
     sides, scores = {}, {}
@@ -246,6 +256,7 @@ def _findings(
         charged=costs["ratio"]["charged"],
         alone=costs["ratio"]["alone"],
         ranks=ranks,
+        untuned=untuned,
     )
 
 
@@ -329,14 +340,22 @@ def _configuration(measure: Measure, one: Confirmed, best: Mapping[str, Confirme
 
 
 def _rank_values(
-    measure: Measure, by_rank: Mapping[int, Confirmed], ranks: Mapping[int, Estimate | None]
+    measure: Measure,
+    by_rank: Mapping[int, Confirmed],
+    ranks: Mapping[int, Estimate | None],
+    tuning: Mapping[int, tuple[int, int]],
 ) -> dict[str, Any]:
-    """One line a rank, over the seeds that all of them have."""
+    """One line a rank, over the seeds that all of them have.
+
+    A rank is called worse where the search trained one of its configurations to the end: the others' rates were tuned.
+    """
     seeds = _common_seeds(by_rank)
     rows = []
     for rank, one in by_rank.items():
         gap = ranks[rank]
         known = gap is None or gap.low is not None
+        tried, to_the_end = tuning[rank]
+        behind = "worse" if to_the_end else "untuned"
         rows.append(
             {
                 "rank": rank,
@@ -345,7 +364,9 @@ def _rank_values(
                 "learning_rate": one.source.config.learning_rate,
                 "test": float(measure.scores(one, seeds).mean(axis=0).sum() / measure.weights.sum()),
                 "behind": _plain(gap),
-                "standing": "best" if gap is None else "worse" if gap.clear else "tied" if known else "unknown",
+                "standing": "best" if gap is None else behind if gap.clear else "tied" if known else "unknown",
+                "tried": tried,
+                "to_the_end": to_the_end,
             }
         )
     return {"seeds": len(seeds), "rows": rows}

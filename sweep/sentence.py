@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sweep.verdict import MIN_SEEDS, Estimate, Share
 
@@ -33,13 +33,14 @@ class Findings:
     charged: float | None = None  # LoRA's cost over full training's: of a confirmation, as it was charged
     alone: float | None = None  # and of a run that has the machine to itself, by forecast
     ranks: Mapping[int, Estimate | None] | None = None  # each less the best; None is the best
+    untuned: Mapping[int, int] = field(default_factory=dict)  # tried of a rank of which none came to its end
 
 
 def sentence(found: Findings) -> str:
     """Returns the verdict: LoRA against full training first, then the ranks."""
     parts = [_methods(found)]
     if found.ranks and len(found.ranks) > 1:
-        parts.append(_ranks(found.ranks))
+        parts.append(_ranks(found.ranks, found.untuned))
     text = "; ".join(parts)
     return text[0].upper() + text[1:] if text.startswith(("only", "nothing")) else text
 
@@ -114,18 +115,20 @@ def _alone(found: Findings, side: Side | None) -> str:
     return f"only {only} was confirmed: {brought}; of {other} nothing can be said"
 
 
-def _ranks(ranks: Mapping[int, Estimate | None]) -> str:
+def _ranks(ranks: Mapping[int, Estimate | None], untuned: Mapping[int, int]) -> str:
     gaps = {rank: gap for rank, gap in ranks.items() if gap is not None}
     best = next(rank for rank, gap in ranks.items() if gap is None)
     if any(gap.low is None for gap in gaps.values()):
         return f"ranks {listed(sorted(ranks))} had too few seeds in common to be compared"
-    worse = sorted(rank for rank, gap in gaps.items() if gap.clear)
-    tied = sorted({best, *gaps} - set(worse))
-    if not worse:
-        return f"ranks {listed(tied)} can't be told apart at this budget"
+    behind = sorted(rank for rank, gap in gaps.items() if gap.clear)
+    tied = sorted({best, *gaps} - set(behind))
+    worse = [rank for rank in behind if rank not in untuned]
+    open_ = [rank for rank in behind if rank in untuned]
+    why = f"; of {_named(open_)} nothing is said: no configuration of it came to its end in the search" if open_ else ""
     if len(tied) == 1:
-        return f"rank {best} is better than {_named(worse)}"
-    return f"ranks {listed(tied)} can't be told apart at this budget, {_named(worse)} {_be(worse)} worse"
+        return (f"rank {best} is better than {_named(worse)}" if worse else f"rank {best} is the best") + why
+    apart = f", {_named(worse)} {_be(worse)} worse" if worse else ""
+    return f"ranks {listed(tied)} can't be told apart at this budget{apart}{why}"
 
 
 def _named(ranks: Sequence[int]) -> str:

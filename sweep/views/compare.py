@@ -12,7 +12,13 @@ from sweep.sentence import figure, interval, percents
 from sweep.views.parts import Column, amounts, duration, fit, glyphs, pairs, say, whole
 
 NAMES = {"lora": "LoRA", "full": "full"}
-STANDINGS = {"best": "best", "worse": "worse", "tied": "can't be told apart", "unknown": "too few seeds"}
+STANDINGS = {
+    "best": "best",
+    "worse": "worse",
+    "tied": "can't be told apart",
+    "unknown": "too few seeds",
+    "untuned": "not tuned",
+}
 GIB = 2**30
 
 
@@ -109,6 +115,7 @@ def _ranks(console: Console, ranks: Mapping[str, Any] | None) -> None:
         Column("", [STANDINGS[row["standing"]] for row in rows]),
     ]
     if console.width >= 100:
+        columns.append(Column("to the end", [f"{row['to_the_end']} of {row['tried']}" for row in rows], right=True))
         columns.append(Column("configuration", [row["in_words"] for row in rows], least=20, optional=True))
     seeds = f"{ranks['seeds']} seed{'' if ranks['seeds'] == 1 else 's'}"
     _table(console, f"ranks under the same {seeds}, each with its own learning rate", columns)

@@ -124,6 +124,22 @@ def test_the_leaders_are_compared_by_all_seeds_that_both_have(tmp_path: Path) ->
     assert values["lora"]["trial"] == 2
 
 
+def test_a_rank_that_the_search_gave_up_is_not_called_worse(tmp_path: Path) -> None:
+    """Proves what is said of a rank none of whose configurations came to its end in the search: nothing."""
+    low = Told(1, rank=4, confirmed=confirmed([0.99, 0.992, 0.988]))
+    judged = compared(tmp_path / "judged", [PAIR[0], low, PAIR[1]])
+    assert judged["sentence"].endswith("rank 16 is better than rank 4")
+    parked = dataclasses.replace(low, state="paused")
+    given_up = compared(tmp_path / "given-up", [PAIR[0], parked, PAIR[1]])
+    said = "rank 16 is the best; of rank 4 nothing is said: no configuration of it came to its end in the search"
+    assert given_up["sentence"].endswith(said)
+    assert [row["standing"] for row in given_up["ranks"]["rows"]] == ["untuned", "best"]
+    assert "not tuned" in shown(given_up) and "0 of 1" in shown(given_up, 120)
+    high = Told(1, rank=64, state="paused", confirmed=confirmed([0.99, 0.992, 0.988]))
+    claim = compared(tmp_path / "claim", [PAIR[0], high, PAIR[1]])["claims"][4]
+    assert claim["holds"] == "open" and "none of the 1 of r=64 came to its end" in claim["measured"]
+
+
 def test_costs_are_given_alone_and_as_charged(tmp_path: Path) -> None:
     """Proves both ratios, the elapsed time of a pack, and measured memory."""
     costs = compared(tmp_path)["costs"]
