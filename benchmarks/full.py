@@ -112,6 +112,7 @@ def predictions(setup: Setup, options: argparse.Namespace, config: TrialConfig, 
         "planned": memory.full_tokens([config.batch_size], longest, processes, engine.micro_tokens),
     }
     how = {"optimizer": options.optimizer, "checkpointing": options.checkpointing, "processes": processes}
+    how |= {"gathered": processes > 1 and not options.reshard}
     shape = shape_by_name(options.shape)
     found = {}
     for name, (tokens, accumulates) in streams.items():
@@ -155,6 +156,7 @@ class Bench:
                 optimizer=options.optimizer,
                 checkpointing=options.checkpointing,
                 full_tokens=options.tokens or (memory.SHARDED_TOKENS if processes > 1 else memory.MICRO_TOKENS),
+                full_gathered=processes > 1 and not options.reshard,
                 processes=processes,
                 **times,
             )
@@ -174,7 +176,7 @@ class Bench:
             method="full",
             learning_rate=options.rate,
             batch_size=batch,
-            examples=(options.warm_up + options.steps) * batch,
+            examples=(options.warm_up + options.steps + 2 * options.profile) * batch,
             seed=options.seed,
             weight_decay=0.1,
         )
@@ -236,6 +238,31 @@ def stretches(bench: Bench, engine: FullEngine, config: TrialConfig) -> tuple[di
     return speeds, losses
 
 
+def profiled(engine: FullEngine, steps: int = 2) -> dict[str, Any]:
+    """What the first GPU's time goes to, in ms a step: the kernels that take most, all of them, and the whole step."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    started = time.perf_counter()
+    with torch.profiler.profile(activities=activities) as profile:
+        train(engine, steps)
+        torch.cuda.synchronize()
+    passed = time.perf_counter() - started
+    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    taken: dict[str, float] = {}
+    for event in kernels:
+        taken[event.name[:60]] = taken.get(event.name[:60], 0.0) + event.device_time_total / 1000 / steps
+    most = sorted(taken.items(), key=lambda item: -item[1])[:14]
+    busy, end = 0.0, 0.0
+    for event in sorted(kernels, key=lambda event: event.time_range.start):
+        start, stop = event.time_range.start, event.time_range.end
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return {
+        "profile_ms": {name: round(ms, 2) for name, ms in most},
+        "profile_busy_ms": round(busy / 1000 / steps, 1),
+        "profile_step_ms": round(1000 * passed / steps, 1),
+    }
+
+
 def measure(bench: Bench, processes: int, config: TrialConfig) -> dict[str, Any]:
     """Trains a trial in so many processes; returns the figures. Raises FAILURES."""
     setup, options, device = bench.setup, bench.options, bench.setup.device
@@ -251,9 +278,11 @@ def measure(bench: Bench, processes: int, config: TrialConfig) -> dict[str, Any]
     warm = hf_trials.now(device)
     speeds, later = stretches(bench, engine, config)
     peaks = measured_gib(device)
+    seen = profiled(engine) if options.profile else {}
     engine.drop(0)
     return {
         **speeds,
+        **seen,
         **peaks,
         **predictions(setup, options, config, engine),
         "load_seconds": round(loaded - start, 3),
@@ -377,6 +406,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=30, help="that are measured")
     parser.add_argument("--warm-up", type=int, default=5, help="steps before: compilers and allocators settle")
     parser.add_argument("--tokens", type=int, help="at once in each process, if not what a study would take")
+    parser.add_argument("--reshard", action="store_true", help="weights are gathered again for backward")
+    parser.add_argument("--profile", action="store_true", help="what the GPU's time goes to in two more steps")
     parser.add_argument("--rate", type=float, default=2e-5, help="learning rate")
     parser.add_argument("--eager", action="store_true", help="compile no layers")
     parser.add_argument("--rounding", action="store_true", help="what another order of sums does to losses")

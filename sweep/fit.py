@@ -207,7 +207,11 @@ def _lora_remedies(
         yield remedy({"search.targets": ["attention"]}, targets="attention")
 
 
-def full_setup(spec: Spec, full: FullSpec, longest: int, most: int = MICRO_TOKENS) -> Setup:
+# Several GPUs gather weights for every part of a batch: few parts, once each. What takes less memory comes next.
+TOGETHER = ((SHARDED_TOKENS, True), (SHARDED_TOKENS, False), (MICRO_TOKENS, False))
+
+
+def full_setup(spec: Spec, full: FullSpec, longest: int, most: int = MICRO_TOKENS, gathered: bool = False) -> Setup:
     """How a spec's full-parameter trials train, as `full` says, `most` tokens at once."""
     tokens, accumulates = full_tokens(spec.search.batch_size, longest, full.processes, most)
     return Setup(
@@ -217,13 +221,14 @@ def full_setup(spec: Spec, full: FullSpec, longest: int, most: int = MICRO_TOKEN
         checkpointing=full.checkpointing is True,
         processes=full.processes,
         accumulates=accumulates,
+        gathered=gathered,
     )
 
 
 def _full(spec: Spec, shape: Shape, card: Card, longest: int, corrections: Corrections, full: FullSpec) -> Row:
     correction = corrections.get("full", Correction())
-    lengths = (SHARDED_TOKENS, MICRO_TOKENS) if full.processes > 1 else (MICRO_TOKENS,)
-    setups = [full_setup(spec, full, longest, most) for most in lengths]
+    ways = TOGETHER if full.processes > 1 else ((MICRO_TOKENS, False),)
+    setups = [full_setup(spec, full, longest, most, gathered) for most, gathered in ways]
     peaks = [correction.apply(peak(shape, setup)) for setup in setups]
     at = next((i for i, found in enumerate(peaks) if found.total <= card.room), len(peaks) - 1)
     setup, needed, fits = setups[at], peaks[at], peaks[at].total <= card.room
@@ -286,8 +291,8 @@ def as_json(
 def settle(spec: Spec, facts: Mapping[str, Any], corrections: Corrections) -> dict[str, Any]:
     """Decides whether full-parameter trials keep activations, and refuses what can't fit on this machine's GPU.
 
-    Returns `checkpointing` and, where there is a GPU, `full_tokens`, how many go through the model at once, and
-    `memory`, a line for people. Raises SpecError. On a CPU, on recorded curves and for a model whose memory cannot be
+    Returns `checkpointing` and, where there is a GPU, `full_tokens` and `full_gathered`, as a worker's job has them,
+    and `memory`, a line for people. Raises SpecError. On a CPU, on recorded curves and for a model whose memory cannot be
     predicted nothing is refused.
     """
     wanted = spec.full.checkpointing is True
@@ -312,6 +317,7 @@ def settle(spec: Spec, facts: Mapping[str, Any], corrections: Corrections) -> di
     return {
         "checkpointing": chosen.setup.checkpointing if chosen else wanted,
         "full_tokens": max(chosen.setup.tokens, MICRO_TOKENS) if chosen else None,
+        "full_gathered": chosen is not None and chosen.setup.gathered,
         "memory": _line([*lora, *([chosen] if chosen else [])], card),
     }
 
@@ -410,7 +416,11 @@ def _setup_of(config: TrialConfig, width: float, spec: Spec, facts: Mapping[str,
         most = facts.get("full_tokens") or MICRO_TOKENS
         tokens = max(min(batch, most), train.get("longest", 0))
         full = spec.full.model_copy(update={"checkpointing": bool(facts.get("checkpointing"))})
-        return replace(full_setup(spec, full, 1), tokens=tokens, accumulates=batch > most)
+        return replace(
+            full_setup(spec, full, 1, gathered=bool(facts.get("full_gathered"))),
+            tokens=tokens,
+            accumulates=batch > most,
+        )
     tokens = facts.get("stream_tokens")
     if tokens is None or config.rank is None or config.targets is None:
         return None

@@ -96,6 +96,7 @@ def _job(
         optimizer=spec.full.optimizer,
         checkpointing=bool(facts.get("checkpointing")),
         full_tokens=facts.get("full_tokens"),
+        full_gathered=bool(facts.get("full_gathered")),
         processes=spec.full.processes,
     )
 

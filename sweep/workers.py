@@ -356,6 +356,7 @@ class Workers:
             optimizer=spec.full.optimizer,
             checkpointing=bool(self.study.facts.get("checkpointing")),
             full_tokens=self.study.facts.get("full_tokens"),
+            full_gathered=bool(self.study.facts.get("full_gathered")),
             processes=spec.full.processes,
         )
 

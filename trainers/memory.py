@@ -110,6 +110,7 @@ class Setup:
     checkpointing: bool = False
     processes: int = 1  # that share a full-parameter trial's state, one a GPU
     accumulates: bool = False
+    gathered: bool = False  # those processes keep the whole weights from forward to backward
 
 
 @dataclass(frozen=True)
@@ -219,20 +220,21 @@ def _full(shape: Shape, setup: Setup) -> Peak:
     tokens, count = setup.tokens, shape.parameters / setup.processes
     states = {"weights": 2 * count, "masters": 4 * count, "moments": MOMENTS[setup.optimizer] * count}
     if setup.processes > 1:
-        # Sharded masters are all the weights there are. Gathered in bf16: two layers in turn and what is outside of
-        # layers; a layer's gradients are added up over the processes in fp32.
+        # Sharded masters are all the weights there are. Gathered in bf16: all of them, or two layers in turn and what
+        # is outside of layers; a layer's gradients are added up over the processes in fp32.
         del states["weights"]
         around = shape.embedding + (0 if shape.tied else shape.head)
-        states["gathered"] = 2 * (2 * shape.largest_layer + around) + 4 * shape.largest_layer
+        whole = shape.parameters if setup.gathered else 2 * shape.largest_layer + around
+        states["gathered"] = 2 * whole + 4 * shape.largest_layer
     # What graphs add gradients to is there all the time.
     captured = captures(shape.parameters, checkpointing=setup.checkpointing, processes=setup.processes)
     before = {**states, "gradients": 4 * count if setup.accumulates or captured else 0}
-    whole = layer_token(shape)
-    kept = 2 * shape.hidden * shape.layers if setup.checkpointing else whole
+    layers = layer_token(shape)
+    kept = 2 * shape.hidden * shape.layers if setup.checkpointing else layers
     activations = tokens * (
         kept + shape.outside_trained + 2 * 2 * shape.hidden
     )  # and hidden states with their gradient
-    again = tokens * whole // shape.layers if setup.checkpointing else 0
+    again = tokens * layers // shape.layers if setup.checkpointing else 0
     moments: list[dict[str, float]] = [
         # The head's gradient is summed in fp32, and kept in bf16 until backward, which scales it.
         {**before, "activations": activations, "logits": _logits(shape, tokens) + 4 * shape.head},

@@ -96,6 +96,7 @@ class WorkerJob:
     optimizer: Optimizer = "adamw"  # of full-parameter trials
     checkpointing: bool = False  # full-parameter trials keep no activations inside a layer: slower, and far smaller
     full_tokens: int | None = None  # of such trials through the model at once, in each process
+    full_gathered: bool = False  # each of several processes keeps the whole weights from forward to backward
     processes: int = 1  # that train a full-parameter trial together, one a GPU
     metric: str = "validation_loss"  # exact_match, accuracy or module:function: measured at a trial's end
     choices: list[str] | None = None  # of accuracy; None: the distinct completions of the training rows

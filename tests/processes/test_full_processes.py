@@ -45,17 +45,18 @@ def same(left: Any, right: Any, rel: float = 1e-5) -> bool:
 
 
 def test_several_processes_train_as_one(prepared: Path, tmp_path: Path) -> None:
-    """Losses of a whole run, and what trial and base are judged at, are one process's; also with recomputed layers.
+    """Losses of a whole run, and what trial and base are judged at, are one process's; also with recomputed layers, and
+    whether weights stay gathered from forward to backward or not.
 
     And where a batch goes through the model in several parts, of which processes have different numbers. A step with
     fewer rows than processes is among them. After the trial left the base is what it was.
     """
     train: list[list[Any]] = [["admit", CONFIG, None], ["train", 2, WHOLE]]
     calls = [*train, ["evaluate", 2, None], ["score", 2, None], ["generate", 2, None], ["drop", 2], ["evaluate", None]]
-    sparing = {"job": {"checkpointing": True}}
+    sparing, whole = {"job": {"checkpointing": True}}, {"job": {"full_gathered": True}}
     parts = [["micro", 30], *calls]
     one, two, three, spared, cut = drive(
-        prepared, tmp_path, (1, calls, {}), (2, calls, {}), (3, train, {}), (2, train, sparing), (2, parts, {})
+        prepared, tmp_path, (1, calls, {}), (2, calls, whole), (3, train, {}), (2, train, sparing), (2, parts, {})
     )
     assert same(two, one)
     assert two[4] == one[4], "the generated tokens"

@@ -225,6 +225,7 @@ def test_several_gpus_take_long_parts_where_they_fit() -> None:
     several = spec(search={"method": ["full"], "batch_size": [128]}, full={"processes": 4})
     settled = [fit.settle(several, facts(QWEN, memory) | {"gpus": 4}, {}) for memory in (143.0, 79.6, 48.0)]
     assert [found["full_tokens"] for found in settled] == [16384, 8192, 16384]
+    assert [found["full_gathered"] for found in settled] == [True, False, False]
     assert [found["checkpointing"] for found in settled] == [False, False, True]
     alone = spec(search={"method": ["full"], "batch_size": [64]})
     assert fit.settle(alone, facts(QWEN, 200.0), {})["full_tokens"] == 8192

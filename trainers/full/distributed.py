@@ -215,9 +215,7 @@ class Ensemble:
         config = load_config(resolve(base.name))
         device = _device_of(base.device, 0)
         kind = base.model.dtype
-        sharded = Sharded(
-            base.name, config, base.tokenizer, kind, device, options.compiled, parameters, (base, pristine)
-        )
+        sharded = Sharded(base.name, config, base.tokenizer, kind, device, options, parameters, (base, pristine))
         self._replica = Replica(sharded, alone.train, alone.longest, options)
         self._replica.padding_free = alone.padding_free
         self._replica.rank, self._replica.ranks = 0, job.processes
@@ -346,7 +344,7 @@ def _prepare(settings: dict[str, Any]) -> Replica:
     options = Options(**settings["options"])
     tokenizer = load_tokenizer(folder)
     config, names = load_config(folder), settings["parameters"]
-    sharded = Sharded(settings["model"], config, tokenizer, dtype, device, options.compiled, names, None)
+    sharded = Sharded(settings["model"], config, tokenizer, dtype, device, options, names, None)
     replica = Replica(sharded, load_split(Path(settings["data"]), "train"), settings["longest"], options)
     replica.padding_free = settings["padding_free"]
     replica.rank, replica.ranks = settings["rank"], ranks

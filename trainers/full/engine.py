@@ -363,7 +363,7 @@ def _options(base: Base, micro_tokens: int | None, job: WorkerJob | None, compil
     options = Options(wanted or MICRO_TOKENS[base.device.type], compiled=compiled)
     processes = 1
     if job is not None:
-        options = replace(options, optimizer=job.optimizer, checkpointing=job.checkpointing)
+        options = replace(options, optimizer=job.optimizer, checkpointing=job.checkpointing, gathered=job.full_gathered)
         processes = job.processes
     # Graphs draw a model's own dropout otherwise than steps that are not captured yet.
     drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in base.model.modules())

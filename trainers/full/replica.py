@@ -43,6 +43,7 @@ class Options:
     checkpointing: bool = False
     compiled: bool = True  # layers, on a GPU
     graphs: bool = False  # a stream's passes are captured, on a GPU; the weights' gradients are fixed then
+    gathered: bool = False  # of several processes, each keeps the whole weights from forward to backward
 
 
 @dataclass(frozen=True)

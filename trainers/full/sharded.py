@@ -20,6 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from trainers.full.replica import Options
 from trainers.full.weights import Pristine
 from trainers.models import Base, head_of, layers_of, skeleton
 
@@ -41,7 +42,7 @@ class Sharded:
         tokenizer: PreTrainedTokenizerBase,
         dtype: torch.dtype,
         device: torch.device,
-        compiled: bool,
+        options: Options,
         parameters: Sequence[str],
         first: tuple[Base, Pristine] | None,
     ) -> None:
@@ -53,7 +54,8 @@ class Sharded:
         """
         self._name, self._config, self._tokenizer = name, config, tokenizer
         self._dtype, self._device = dtype, device
-        self._compiling = compiled and device.type == "cuda"
+        self._compiling = options.compiled and device.type == "cuda"
+        self._gathered = options.gathered
         self._parameters = parameters
         self._first = first
         self._shards: dict[str, DTensor] = {}
@@ -99,10 +101,11 @@ class Sharded:
         policy = MixedPrecisionPolicy()
         if self._dtype != torch.float32:
             policy = MixedPrecisionPolicy(param_dtype=self._dtype, reduce_dtype=torch.float32)
-        # Layer by layer, so that no more than one is ever whole.
+        # Layer by layer, so that no more than one is whole until it is sharded.
         for layer in layers_of(self.base.decoder):
             fill(layer)
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
+            # Backward gives up what forward has gathered either way: what an optimizer steps is never stale.
+            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not self._gathered)
             if self._compiling:
                 # The layer's own code alone: FSDP's hooks around it stay as they are. Of the class that FSDP has just
                 # made: that of the class before would recompute nothing with transformers 5.23.
