@@ -158,6 +158,14 @@ class Forecast:
         """Returns what `units` of this work will take."""
         return self.total([(work, units)])
 
+    def mean(self, pieces: Sequence[Piece]) -> float:
+        """Returns the mean of `total` alone, in seconds: many times as fast, for what is asked at every step."""
+        return sum(
+            units * work.prior_seconds * math.exp(self._models.get(work.kind, _UNTAUGHT).mean(work))
+            for work, units in pieces
+            if units > 0
+        )
+
     def total(self, pieces: Sequence[Piece]) -> Seconds:
         """Returns what several pieces take together.
 
@@ -289,12 +297,26 @@ class _Model:
         drifted = np.maximum(drifts / scale**2, assumed) * (engines[:, None] == engines[None, :])
         return means + levels, covariance + drifted, scale
 
-    def joint(self, works: Sequence[Work]) -> tuple[Array, Array, float]:
-        """Mean and covariance of the log ratios of several works, noise apart, and the factor of their sd."""
+    def mean(self, work: Work) -> float:
+        """The mean of one work's log ratio at the present level, as `predict` has it."""
+        _, factors = self._factors()
+        level = self._level(work.engine)[0]
+        owner = self._owners.get(work.owner) if work.owner else None
+        if owner is None:
+            return float(work.row @ factors) + level
+        own = owner.own
+        return float((work.row - own * owner.rows) @ factors) + own * owner.total + level
+
+    def _factors(self) -> tuple[Array, Array]:
+        """The covariance of the features' factors, and their means."""
         if self._solved is None:
             inverse = np.linalg.inv(self._information)
             self._solved = inverse, inverse @ self._toward
-        inverse, factors = self._solved
+        return self._solved
+
+    def joint(self, works: Sequence[Work]) -> tuple[Array, Array, float]:
+        """Mean and covariance of the log ratios of several works, noise apart, and the factor of their sd."""
+        inverse, factors = self._factors()
         owners = [self._owners.get(work.owner, _NOBODY) for work in works]
         own = np.array([owner.own if work.owner else 0.0 for owner, work in zip(owners, works, strict=True)])
         # A trial's own part follows its measurements as far as its features do not explain them.

@@ -226,8 +226,8 @@ class Allocation:
 def _price(trial: TrialRow, projector: Projector) -> tuple[float, float]:
     """Seconds to a trial's next rung, and from there to its end: 0 where the next rung is the end."""
     woken = replace(trial, target=max(trial.target, trial.rung + 1))
-    step = projector.to_target(woken).mean
-    return max(step, TINY), max(projector.to_end(woken).mean - step, 0.0)
+    step = projector.seconds_to_target(woken)
+    return max(step, TINY), max(projector.seconds_to_end(woken) - step, 0.0)
 
 
 def allocation_of(study: Study, shares: Sequence[float]) -> Allocation:

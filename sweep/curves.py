@@ -38,6 +38,7 @@ NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(11)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
 HALVINGS = 25  # of the interval in which a rate lies
 TINY = 1e-10
+BLOCK = 48  # rows of a triangular system that are solved at once
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,16 @@ class Curves:
         self._seen, self._first = seen, first if first < 0 else -1.0  # without rungs all is seen at the end
         covariance = self._covariance(seen, seen)
         covariance[np.diag_indices(len(seen))] += NOISE**2
-        self._root = np.linalg.cholesky(covariance)
-        self._weights = np.linalg.solve(self._root, losses)
+        self._root: Array = np.asarray(np.linalg.cholesky(covariance), dtype=np.float64)
+        self._weights = _forward(self._root, losses[:, None])[:, 0]
 
     def outlook(self, points: Points) -> Outlook:
         """Looks at the ends of trials; `points` say at which length each is evaluated next."""
         count, last = len(points), int(self._seen.rungs.max()) + 1
         # The level of the end is the same for all, so it is left out of what is compared.
         ends = Points(points.features, points.trials, np.zeros(count), np.full(count, -1 - last))
-        against = np.linalg.solve(self._root, self._covariance(ends, self._seen).T)
-        next_against = np.linalg.solve(self._root, self._covariance(points, self._seen).T)
+        sides = np.vstack([self._covariance(ends, self._seen), self._covariance(points, self._seen)])
+        against, next_against = np.hsplit(_forward(self._root, sides.T), 2)
         end = END**2 + OWN**2 + ANYTHING**2
         early = self._fading(points.lengths) ** 2 * (EARLY**2 + OWN_EARLY**2)
         variance = np.maximum(end - (against**2).sum(0), TINY)
@@ -107,6 +108,19 @@ class Curves:
         early = fading * np.exp(-np.abs(one.lengths[:, None] - two.lengths[None]) / ALIKE)
         level = LEVEL**2 * (one.rungs[:, None] == two.rungs[None]) + ANYTHING**2
         return np.asarray((END**2 + EARLY**2 * early) * alike + (OWN**2 + OWN_EARLY**2 * early) * same + level)
+
+
+def _forward(root: Array, sides: Array) -> Array:
+    """Solves root @ x = sides, (n, m), for a lower triangular `root`, (n, n), a block of rows at a time.
+
+    numpy's own solver takes any matrix and needs n**3 for it, this one n**2 m.
+    """
+    found = np.array(sides)
+    for start in range(0, len(root), BLOCK):
+        stop = start + BLOCK
+        found[start:stop] = np.linalg.solve(root[start:stop, start:stop], found[start:stop])
+        found[stop:] -= root[stop:, start:stop] @ found[start:stop]
+    return found
 
 
 def _alike(one: Array, two: Array) -> Array:

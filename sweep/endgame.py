@@ -309,7 +309,7 @@ class Race:
         ending = self.projector.ending(self.study.spec.search.method).mean
         left = min(money.left_now, self.study.facts.get("endgame_until", money.balances.cap) - money.spent_now)
         seconds = affordable_ms(money.micros_per_hour, max(left - money.overhead, 0)) / 1000
-        seconds -= sum(self.projector.to_end(trial).mean for trial in self._under_way())
+        seconds -= sum(self.projector.seconds_to_end(trial) for trial in self._under_way())
         if not self.examined:
             seconds -= self.projector.examined(self.study.spec.search.method[0], confirms=True).high
         # A spot machine's time is held at its ceiling.
@@ -338,7 +338,7 @@ class Race:
         parked = []
         while seconds_left < 0 and len(running) > 1:
             parked.append(running.pop())
-            seconds_left += self.projector.to_end(parked[-1]).mean
+            seconds_left += self.projector.seconds_to_end(parked[-1])
         return parked
 
     def shortfall(self, seconds_left: float) -> str:

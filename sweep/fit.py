@@ -291,9 +291,9 @@ def as_json(
 def settle(spec: Spec, facts: Mapping[str, Any], corrections: Corrections) -> dict[str, Any]:
     """Decides whether full-parameter trials keep activations, and refuses what can't fit on this machine's GPU.
 
-    Returns `checkpointing` and, where there is a GPU, `full_tokens` and `full_gathered`, as a worker's job has them,
-    and `memory`, a line for people. Raises SpecError. On a CPU, on recorded curves and for a model whose memory cannot be
-    predicted nothing is refused.
+    Returns `checkpointing` and, where there is a GPU, `full_tokens` and `full_gathered` as a worker's job has them and
+    `memory`, a line for people. Raises SpecError. Nothing is refused on a CPU, on recorded curves and for a model whose
+    memory cannot be predicted.
     """
     wanted = spec.full.checkpointing is True
     if not facts.get("gpu_memory_bytes") or not facts.get("shape"):

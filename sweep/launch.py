@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 
 from budgets.ledger import Ledger
 from budgets.money import usd
-from sweep import clock, fit, pricing, priors, records, tables
+from sweep import clock, fit, inherited, pricing, priors, records, tables
 from sweep.audit import MARK
 from sweep.errors import BudgetError, DiskError, SweepError, UnusableError, UsageError
 from sweep.outline import Outline
@@ -89,7 +89,9 @@ def look_at_model(spec: Spec) -> dict[str, Any]:
 def _answer(request: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "trainers.check", str(request)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=CHECK_SECONDS, check=False, env=inherited()
+        )
         answer: dict[str, Any] = json.loads(done.stdout)
     except subprocess.TimeoutExpired as error:
         raise UnusableError(f"model and data were not looked through within {CHECK_SECONDS} s") from error

@@ -129,6 +129,7 @@ class Projector:
         self._examination = examination
         self._probe_seconds = PROBE_SECONDS if probes else 0.0
         self._run_tokens = plan.run_tokens
+        self._works: dict[tuple[Any, ...], Work] = {}  # they are asked for at every step, and follow from few things
         known = (speed for name, speed in PRIOR_FLOPS.items() if name in device.upper())
         self._metered_by_token = unit == "Mtok"
         self._replayed = device == "replay"
@@ -164,7 +165,7 @@ class Projector:
     def of(self, plan: Plan) -> Projector:
         """The same forecasts with other lengths; what either learns from here on, both know."""
         other = copy.copy(self)
-        other.plan, other._run_tokens = plan, plan.run_tokens
+        other.plan, other._run_tokens, other._works = plan, plan.run_tokens, {}
         return other
 
     def _learn(self, work: Work, units: float, ms: int, width: float = 1.0) -> None:
@@ -261,6 +262,14 @@ class Projector:
         """
         return self.forecast.total(self._whole(trial))
 
+    def seconds_to_target(self, trial: TrialRow) -> float:
+        """The mean of `to_target` alone."""
+        return self.forecast.mean(self._next(trial))
+
+    def seconds_to_end(self, trial: TrialRow) -> float:
+        """The mean of `to_end` alone."""
+        return self.forecast.mean(self._whole(trial))
+
     def known_widths(self, config: TrialConfig, rows: Sequence[Any]) -> Seconds:
         """What stretches take that were measured, as if their widths alone were known: what forecasts are judged by."""
         pieces: list[Piece] = []
@@ -339,6 +348,12 @@ class Projector:
 
     def _train(self, config: TrialConfig, width: float) -> Work:
         width = width if config.method == "lora" else 1.0
+        key = config, width
+        if key not in self._works:
+            self._works[key] = self._training(config, width)
+        return self._works[key]
+
+    def _training(self, config: TrialConfig, width: float) -> Work:
         row = self.plan.run_tokens / self.plan.examples
         features = {
             "full": float(config.method == "full"),
@@ -357,11 +372,23 @@ class Projector:
         return Work("train", prior, features, owner=str(config.number))
 
     def _evaluate(self, method: Method, tokens: float) -> Work:
+        key = "evaluate", method, tokens
+        if key not in self._works:
+            self._works[key] = self._evaluating(method, tokens)
+        return self._works[key]
+
+    def _evaluating(self, method: Method, tokens: float) -> Work:
         prior = 2.0 * self.parameters / self.flops + EVALUATION_FLOOR * floor_seconds(self._layers, tokens)
         prior = SECONDS_A_TOKEN if self._metered_by_token else prior
         return Work("evaluate", prior, {"full": float(method == "full")})
 
     def _piece(self, kind: str, method: str) -> Work:
+        key = kind, method
+        if key not in self._works:
+            self._works[key] = self._whole_piece(kind, method)
+        return self._works[key]
+
+    def _whole_piece(self, kind: str, method: str) -> Work:
         full = method == "full"
         state = 14.0 * self.parameters / DISK_BYTES_PER_SECOND if full else 0.1
         start = (

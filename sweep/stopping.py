@@ -49,7 +49,7 @@ def enough(study: Study, now: Current, projector: Projector) -> str | None:
     if found is None and wanted.utility is not None:
 
         def price(trial: TrialRow) -> int:
-            return cost_micros(rate, round(1000 * projector.to_end(trial).mean))
+            return cost_micros(rate, round(1000 * projector.seconds_to_end(trial)))
 
         spent = cost_micros(rate, sum(_work_ms(row) for row in now.evaluations))
         found = utility(wanted.utility, now.trials, now.results.losses, projector.plan.last, spent, price)

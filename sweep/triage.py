@@ -56,8 +56,8 @@ def finish_seconds(trials: Sequence[TrialRow], results: Results, projector: Proj
     best = leader(trials, results, eta)
     if best is None or not worth_finishing(best, trials, results):
         return 0.0
-    end = projector.to_end(best).mean
-    return end - projector.to_target(best).mean if best.state in {"live", "waiting"} else end
+    end = projector.seconds_to_end(best)
+    return end - projector.seconds_to_target(best) if best.state in {"live", "waiting"} else end
 
 
 def projected_spend(money: Funds, trials: Sequence[TrialRow], projector: Projector) -> int:
@@ -67,7 +67,7 @@ def projected_spend(money: Funds, trials: Sequence[TrialRow], projector: Project
     Paused trials cost nothing until promoted. The leader's way is counted so that a study ends with a trained winner
     and not with many beginnings.
     """
-    seconds = sum(projector.to_target(t).mean for t in trials if t.state in {"live", "waiting"})
+    seconds = sum(projector.seconds_to_target(t) for t in trials if t.state in {"live", "waiting"})
     beyond = max(seconds + money.finish_seconds - money.prepaid_ms / 1000, 0.0)
     balances = money.balances
     return balances.spent + balances.held + money.cost(beyond) + money.overhead + balances.reserve
@@ -81,14 +81,14 @@ def affordable(
     `money` is what there is when it has joined.
     """
     others = [t for t in trials if t.number != trial.number]
-    ahead = sum(projector.to_target(t).mean for t in others if t.state in {"live", "waiting"})
+    ahead = sum(projector.seconds_to_target(t) for t in others if t.state in {"live", "waiting"})
     best = leader([*others, trial], results, eta)
     if best is None or best.number != trial.number:
         ahead += money.finish_seconds
-    if money.cost(ahead + projector.to_end(trial).mean) + money.overhead > money.left_now:
+    if money.cost(ahead + projector.seconds_to_end(trial)) + money.overhead > money.left_now:
         return False
     # A newcomer for whom there is just so much room would be pruned before it began: reports lag behind what is used.
-    room = projector.to_target(trial).mean if trial.rung < 0 else 0.0
+    room = projector.seconds_to_target(trial) if trial.rung < 0 else 0.0
     roomy = replace(money, finish_seconds=money.finish_seconds + room)
     return projected_spend(roomy, [*others, trial], projector) <= money.balances.cap
 
@@ -104,7 +104,7 @@ def refused(trials: Sequence[TrialRow], newcomer: TrialRow) -> TrialRow:
 
 def not_started(money: Funds, trial: TrialRow, projector: Projector) -> str:
     """Says why a trial that was asked is not begun."""
-    end, left = usd(money.cost(projector.to_end(trial).mean)), usd(max(money.left_now, 0))
+    end, left = usd(money.cost(projector.seconds_to_end(trial))), usd(max(money.left_now, 0))
     return f"{NOT_STARTED}: its end is forecast at {end}, with {left} left for it and those under way"
 
 
@@ -115,7 +115,7 @@ def triage(
     running = [t for t in trials if t.state in {"live", "waiting"}]
     stopped: list[tuple[TrialRow, str]] = []
     for trial in running:
-        needed = money.cost(projector.to_end(trial).mean)
+        needed = money.cost(projector.seconds_to_end(trial))
         if needed > money.left_now:
             stopped.append((trial, f"its end is forecast at {usd(needed)}, {usd(max(money.left_now, 0))} are left"))
     gone = {trial.number for trial, _ in stopped}

@@ -45,7 +45,7 @@ def order(
     seconds = sum(spent.values()) + affordable_ms(money.micros_per_hour, max(money.left_now, 0)) / 1000
     for trial in trials:
         if trial.state in RUNNING or trial.rung < 0:  # who never came to a rung counts as if it had: tries cost turns
-            spent[trial.config.method] += projector.to_target(trial).mean
+            spent[trial.config.method] += projector.seconds_to_target(trial)
         elif trial.state in ENDED:
             lost = max(trial.tokens - seen.get(trial.number, trial.tokens), 0)
             spent[trial.config.method] += projector.train(trial.config, lost).mean

@@ -12,6 +12,7 @@ import sysconfig
 import time
 from pathlib import Path
 
+from sweep import inherited
 from sweep.launchers.base import FolderLauncher, LaunchError, write_durably
 from trainers import messages
 from trainers.messages import MAX_COMMAND_BYTES, Command, WorkerJob, dump_job
@@ -130,6 +131,6 @@ def _environment() -> dict[str, str]:
     """Returns our environment, in which the watchdog finds the very modules that we run."""
     root = str(Path(messages.__file__).absolute().parents[1])
     if root in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
-        return dict(os.environ)
+        return inherited()
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**inherited(), "PYTHONPATH": os.pathsep.join(paths)}

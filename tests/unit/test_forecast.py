@@ -178,6 +178,7 @@ def test_what_is_common_adds_up_and_what_is_not_cancels_out() -> None:
     assert together < trial < alone, "sixteen stretches of one trial share what is its own"
     mean = sum(forecast.seconds(*piece).mean for piece in strangers)
     assert math.isclose(forecast.total(strangers).mean, mean, rel_tol=1e-9)
+    assert math.isclose(forecast.mean(strangers), mean, rel_tol=1e-9)
     assert forecast.total([]) == forecast.seconds(work(), 0) == NOTHING
 
 
