@@ -110,9 +110,10 @@ class Engine(Protocol):
         Written under a temporary name, fsynced, renamed. Raises OSError; then nothing is left of it.
         """
 
-    def snapshot(self, trial: int) -> Callable[[Path], None] | None:
+    def snapshot(self, trial: int, *, still: bool) -> Callable[[Path], None] | None:
         """Takes down what `checkpoint` would write now; what is returned writes it, from any thread.
 
+        `still`: the trial does not train, and keeps its slot, until that is done, so that nothing needs to be copied.
         None where that is not worth it: an engine of one slot has nobody to train meanwhile.
         """
 

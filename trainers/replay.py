@@ -248,7 +248,7 @@ class ReplayEngine:
         """See Engine."""
         self._write(self._trials[trial].config, self.position(trial), folder)
 
-    def snapshot(self, trial: int) -> Callable[[Path], None] | None:
+    def snapshot(self, trial: int, *, still: bool) -> Callable[[Path], None] | None:
         """See Engine."""
         config, position = self._trials[trial].config, self.position(trial)
         return (lambda folder: self._write(config, position, folder)) if self.slots > 1 else None

@@ -78,6 +78,7 @@ class Saver:
     def save(self, engine: Engine, trial: LiveTrial, then: Callable[[int, int], None]) -> None:
         """Checkpoints the trial unless its last checkpoint is current, and calls `then` when it is on the disk.
 
+        One that is standing is written from its slot, which it must keep until then, without training.
         `then` takes the milliseconds that kept the machine from training, and those until the end. Raises DiskFull.
         """
         self.collect(trial.number, wait=True)
@@ -87,7 +88,7 @@ class Saver:
         path = trial.folder / f"ckpt-{trial.at.step:06d}"
         started_ns = self._meter.now_ns()
         with self._meter.on("checkpoint"):
-            write = engine.snapshot(trial.number) if self._background else None
+            write = engine.snapshot(trial.number, still=trial.standing) if self._background else None
             if write is None:
                 with _disk(trial, path):
                     engine.checkpoint(trial.number, path)

@@ -292,8 +292,8 @@ class Worker:
         farther = trial.until_tokens is not None and until is not None and until > trial.until_tokens
         if until is not None and trial.at.tokens >= until and not farther:
             return  # the repetition of a command that was carried out; farther on, one step passed two rungs
-        trial.until_tokens = until
-        trial.standing = False
+        self._saver.collect(trial.number, wait=True)  # what stands is written from its slot
+        trial.until_tokens, trial.standing = until, False
         self._engine().target(trial.number, until)
 
     # --- training ---------------------------------------------------------------------------------------------------

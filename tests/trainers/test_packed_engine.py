@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import Trained, apart, curve, far, in_double, lora_trial, peft_over, plain_curve, taken, train_pack
 from transformers import AutoModelForCausalLM
 
@@ -193,3 +195,25 @@ def test_memory_that_never_suffices_fails_one_trial_after_the_other(
     found = taken(engine, 2, curve(engine, 2, 5))
     assert apart(found.losses, expected.losses) < 1e-9
     assert apart(found.adapter, expected.adapter) < 1e-9
+
+
+def test_a_snapshot_is_of_its_moment(make: Make, tmp_path: Path) -> None:
+    """What is written after a trial trained on is what it was; of one that stands still it is what it is."""
+    engine = make(2)
+    for number in (1, 2):
+        engine.admit(dataclasses.replace(TRIALS[3], number=number), None, None)
+    for _ in range(4):
+        engine.advance(lambda: True)
+    engine.checkpoint(1, tmp_path / "then")
+    moving, still = engine.snapshot(1, still=False), engine.snapshot(2, still=True)
+    still(tmp_path / "still")
+    for _ in range(3):
+        engine.advance(lambda: True)
+    moving(tmp_path / "moving")
+    engine.checkpoint(1, tmp_path / "now")
+    files = [file.name for file in (tmp_path / "then").iterdir() if file.suffix == ".safetensors"]
+    assert len(files) == 2
+    for name in files:
+        then, moved, stood, now = (load_file(tmp_path / folder / name) for folder in ("then", "moving", "still", "now"))
+        assert all(torch.equal(then[key], moved[key]) and torch.equal(then[key], stood[key]) for key in then)
+        assert any(not torch.equal(then[key], now[key]) for key in then)

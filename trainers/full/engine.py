@@ -323,7 +323,7 @@ class FullEngine:
                 save_tensors(temporary / OPTIMIZER, moments)
             write_state(temporary, state)
 
-    def snapshot(self, trial: int) -> Callable[[Path], None] | None:
+    def snapshot(self, trial: int, *, still: bool) -> Callable[[Path], None] | None:
         """None: nobody else trains while its only trial is written."""
         self._of(trial)
         return None

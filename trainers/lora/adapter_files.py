@@ -44,33 +44,44 @@ def named(slot: Slot, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Buffers:
-    """A slot's weights and AdamW's moments (none before the first step), taken down on the host."""
+    """A slot's weights and AdamW's moments (none before the first step), as they are when `ready`."""
 
     weights: torch.Tensor
     moments: dict[str, torch.Tensor]
-    arrived: torch.cuda.Event | None  # when the copies are there
+    ready: torch.cuda.Event | None = None
 
     @classmethod
-    def of(cls, slot: Slot) -> Buffers:
-        """Copies what the slot holds now. A GPU makes the copies when its turn is; nothing waits for it here."""
+    def of(cls, slot: Slot, *, still: bool) -> Buffers:
+        """Takes down what the slot holds now: copies, for which nobody waits here, or what is `still`, itself."""
         state = slot.optimizer.state.get(slot.weights, {})
-        weights = _copy(slot.weights.detach())
-        moments = {moment: _copy(state[moment]) for moment in MOMENTS if moment in state}
-        arrived = None
+        take = torch.Tensor.detach if still else _copy
+        weights = take(slot.weights)
+        moments = {moment: take(state[moment]) for moment in MOMENTS if moment in state}
+        ready = None
         if slot.weights.is_cuda:
-            arrived = torch.cuda.Event()
-            arrived.record()
-        return cls(weights, moments, arrived)
+            ready = torch.cuda.Event()
+            ready.record()
+        return cls(weights, moments, ready)
 
-    def wait(self) -> None:
-        """Waits until the copies are there."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
+    def on_host(self) -> Buffers:
+        """The same when it is there, on the host; for any thread.
+
+        A copy that training would not wait for needs pinned memory, and allocating it stops everybody: tens to hundreds
+        of milliseconds for each of a few checkpoints (docs/log.md). In a stream of its own a copy may be waited for.
+        """
+        if self.ready is None:
+            return self
+        if not self.weights.is_cuda:
+            self.ready.synchronize()
+            return Buffers(self.weights, self.moments)
+        with torch.cuda.stream(torch.cuda.Stream(self.weights.device)):
+            torch.cuda.current_stream().wait_event(self.ready)
+            return Buffers(self.weights.cpu(), {name: moment.cpu() for name, moment in self.moments.items()})
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     # A copy that the host does not wait for lands in pinned memory.
-    return tensor.to("cpu", non_blocking=True, copy=True)
+    return tensor.detach().to("cpu", non_blocking=True, copy=True)
 
 
 def write_adapter(folder: Path, slot: Slot, name: str, endings: list[str], buffers: Buffers) -> None:
@@ -78,7 +89,6 @@ def write_adapter(folder: Path, slot: Slot, name: str, endings: list[str], buffe
 
     PEFT's own saving asks the hub about embeddings and adds a model card.
     """
-    buffers.wait()
     save_tensors(folder / ADAPTER, named(slot, buffers.weights))
     config = lora_config(slot.config, endings)
     config.inference_mode = True
@@ -97,7 +107,6 @@ def write_state_of(folder: Path, slot: Slot, buffers: Buffers) -> None:
     By linear layer, as others read an adapter, they are hundreds of tensors, which take ten times longer to name than
     to copy. The buffer's layout follows from model, targets and rank (trainers/lora/bank.py).
     """
-    buffers.wait()
     tensors = {WEIGHTS: buffers.weights, **buffers.moments}
     save_tensors(folder / OPTIMIZER, {_entry(slot, name): tensor for name, tensor in tensors.items()})
 

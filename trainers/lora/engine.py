@@ -423,21 +423,22 @@ class LoraEngine:
 
         A batch that is under way is not in it: a restored trial begins that step again.
         """
-        self._take_down(self._of(trial))(folder)
+        self._take_down(self._of(trial), still=True)(folder)
 
-    def snapshot(self, trial: int) -> Callable[[Path], None] | None:
+    def snapshot(self, trial: int, *, still: bool) -> Callable[[Path], None] | None:
         """What writes the trial as it is now, from any thread, while others train on. None: there are no others."""
-        return self._take_down(self._of(trial)) if self.slots > 1 else None
+        return self._take_down(self._of(trial), still=still) if self.slots > 1 else None
 
-    def _take_down(self, live: Live) -> Callable[[Path], None]:
+    def _take_down(self, live: Live, *, still: bool) -> Callable[[Path], None]:
         state = State(live.config, live.step, live.tokens, self.train.rows)
-        buffers = adapter_files.Buffers.of(live.slot)
+        taken = adapter_files.Buffers.of(live.slot, still=still)
         endings = self._endings(live.config.targets)
 
         def write(folder: Path) -> None:
             if holds(folder, state):
                 # A trial that repeats a stretch after a crash arrives at checkpoints that are there already.
                 return
+            buffers = taken.on_host()
             with write_folder(folder) as temporary:
                 adapter_files.write_adapter(temporary, live.slot, self.base.name, endings, buffers)
                 adapter_files.write_state_of(temporary, live.slot, buffers)
