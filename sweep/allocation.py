@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from sweep import space
-from sweep.curves import TINY, Array, Curves, Outlook, Points, rates, standardised
+from sweep.curves import TINY, Array, Curves, Outlook, Points, fitted, rates, standardised
 from sweep.projection import Projector
 from sweep.proposals import anything, near
 from sweep.records import RUNNING, Study, TrialRow
@@ -29,6 +29,7 @@ from trainers.messages import TrialConfig
 
 STARTED = 4  # configurations with a loss before the model is asked
 MODELLED = 256  # trials that the model knows at most: those that came farthest, then the best
+FITTED = 192  # losses by which the model's scales are chosen at most: a millisecond each way
 PRICED = 12  # paused trials whose next step is priced: those that might end best
 DRAWN, NEAR_EACH, NEARBY = 50, 10, 3  # candidates anywhere, and near each of so many promising trials
 NEWCOMER = 0.5  # the quantile of the candidates' rates that a new configuration counts with
@@ -135,7 +136,7 @@ class Allocation:
                     rungs.append(rung)
                     losses.append(math.inf if trial.diverged else results.losses[rung][trial.number])
         seen = self._points(rows, rungs)
-        model = Curves(seen, standardised(np.array(losses), first), float(self._lengths[0]))
+        model = self._model(seen, standardised(np.array(losses), first))
         open_ones = [t for t in known if not t.diverged and t.state != "failed"]
         if not open_ones:
             return None
@@ -148,6 +149,15 @@ class Allocation:
             done = list(range(len(open_ones)))
         reference = min(done, key=lambda place: (outlook.mean[place], place))
         return _View(model, open_ones, points, outlook, reference)
+
+    def _model(self, seen: Points, losses: Array) -> Curves:
+        """The model of all that was seen, under the scales that suit those who came farthest."""
+        first = float(self._lengths[0])
+        if len(seen) <= FITTED:
+            return fitted(seen, losses, first)
+        few = slice(FITTED)
+        known = Points(seen.features[few], seen.trials[few], seen.lengths[few], seen.rungs[few])
+        return Curves(seen, losses, first, fitted(known, losses[few], first).scales)
 
     def _best_paused(self, view: _View, projector: Projector) -> tuple[TrialRow | None, float]:
         ahead = view.outlook.mean - OPTIMISM * np.sqrt(view.outlook.variance)
