@@ -29,7 +29,7 @@ from trainers.messages import TrialConfig
 
 STARTED = 4  # configurations with a loss before the model is asked
 MODELLED = 256  # trials that the model knows at most: those that came farthest, then the best
-FITTED = 192  # losses by which the model's scales are chosen at most: a millisecond each way
+FITTED = 192  # losses at most by which it is chosen how far early ones may be trusted
 PRICED = 12  # paused trials whose next step is priced: those that might end best
 DRAWN, NEAR_EACH, NEARBY = 50, 10, 3  # candidates anywhere, and near each of so many promising trials
 NEWCOMER = 0.5  # the quantile of the candidates' rates that a new configuration counts with
@@ -151,13 +151,13 @@ class Allocation:
         return _View(model, open_ones, points, outlook, reference)
 
     def _model(self, seen: Points, losses: Array) -> Curves:
-        """The model of all that was seen, under the scales that suit those who came farthest."""
+        """The model of all that was seen, which trusts early losses as far as those who came farthest say."""
         first = float(self._lengths[0])
         if len(seen) <= FITTED:
             return fitted(seen, losses, first)
         few = slice(FITTED)
         known = Points(seen.features[few], seen.trials[few], seen.lengths[few], seen.rungs[few])
-        return Curves(seen, losses, first, fitted(known, losses[few], first).scales)
+        return Curves(seen, losses, first, fitted(known, losses[few], first).early)
 
     def _best_paused(self, view: _View, projector: Projector) -> tuple[TrialRow | None, float]:
         ahead = view.outlook.mean - OPTIMISM * np.sqrt(view.outlook.variance)

@@ -12,15 +12,15 @@ may cross, and that neighbours' curves cross alike.
 The worth of training on is the expected improvement per dollar of the best that is known, with the option to stop at
 the next rung: the rate at which a step is just worth its price. That is the index of Pandora's boxes (Weitzman, 1979;
 Xie et al., "Cost-aware Bayesian Optimization via the Pandora's Box Gittins Index", 2024) for a box in two stages.
-How far early losses may be trusted, and how narrow the good learning rates are, differs from task to task: both are
-chosen among a few values by the marginal likelihood of what was seen (Rasmussen and Williams, "Gaussian Processes for
-Machine Learning", 2006, ch. 5). Nothing else is fitted, and the same losses give the same decisions.
+How far early losses may be trusted differs from task to task: that alone is chosen, among a few values, by the marginal
+likelihood of what was seen (Rasmussen and Williams, "Gaussian Processes for Machine Learning", 2006, ch. 5). The same
+losses give the same decisions.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +29,12 @@ Array = NDArray[np.float64]
 
 # Standard deviations in units of the better half's spread at the first rung, and widths of the space, which is 0 to 1.
 END, OWN = 1.0, 0.3  # of where a trial ends: by its configuration, and its own
-EARLY, OWN_EARLY = 0.3, 0.2  # of how far the first rung is off
+EARLY, OWN_EARLY = 0.3, 0.2  # of how far the first rung is off,
+FACTORS = (1.0, 2.0, 4.0)  # times one of these
 LEVEL, NOISE = 1.0, 0.1  # between rungs, and of one evaluation
 ANYTHING = 10.0  # of the level of all
 ALIKE = 1.5  # in log length: how far apart two rungs may be and still be off alike
-WIDTH = 1.0  # how far neighbours are in everything but the learning rate
+RATE_WIDTH, WIDTH = 0.25, 1.0  # how far neighbours are: in the learning rate, in everything else
 FLOOR = 0.002  # of the unit, in log loss: two seeds of one configuration differ by as much
 SPREAD = 0.7  # of the distance between the median and the best that is one unit
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(11)
@@ -41,17 +42,6 @@ WEIGHTS = WEIGHTS / WEIGHTS.sum()
 HALVINGS = 25  # of the interval in which a rate lies
 TINY = 1e-10
 BLOCK = 48  # rows of a triangular system that are solved at once
-
-
-@dataclass(frozen=True)
-class Scales:
-    """What is chosen by what was seen."""
-
-    early: float = 1.0  # by what an early loss may be off more than usual, a factor
-    rate_width: float = 0.25  # how far neighbours are in the learning rate
-
-
-CHOICES = {"early": (1.0, 2.0, 4.0, 8.0), "rate_width": (0.25, 0.15, 0.4)}  # in the order in which they are chosen
 
 
 @dataclass(frozen=True)
@@ -82,9 +72,10 @@ class Outlook:
 class Curves:
     """The model, conditioned on losses. It takes (n,) losses of n points; cubic in n, 2 ms at 150."""
 
-    def __init__(self, seen: Points, losses: Array, first: float, scales: Scales = Scales()) -> None:
-        """`losses` are standardised (see `standardised`), `first` is the log of the first rung's share."""
-        self.scales = scales
+    def __init__(self, seen: Points, losses: Array, first: float, early: float = 1.0) -> None:
+        """`losses` are standardised (see `standardised`), `first` is the log of the first rung's share; early losses are
+        off by `early` times as much as usual."""
+        self.early = early
         self._seen, self._first = seen, first if first < 0 else -1.0  # without rungs all is seen at the end
         covariance = self._covariance(seen, seen)
         covariance[np.diag_indices(len(seen))] += NOISE**2
@@ -101,7 +92,7 @@ class Curves:
         sides = np.vstack([self._covariance(ends, self._seen), self._covariance(points, self._seen)])
         against, next_against = np.hsplit(_forward(self._root, sides.T), 2)
         end = END**2 + OWN**2 + ANYTHING**2
-        early = (self.scales.early * self._fading(points.lengths)) ** 2 * (EARLY**2 + OWN_EARLY**2)
+        early = (self.early * self._fading(points.lengths)) ** 2 * (EARLY**2 + OWN_EARLY**2)
         variance = np.maximum(end - (against**2).sum(0), TINY)
         seen_next = np.maximum(end + early + NOISE**2 + LEVEL**2 - (next_against**2).sum(0), TINY)
         shared = end - (against * next_against).sum(0)
@@ -110,7 +101,7 @@ class Curves:
     def apart(self, points: Points, outlook: Outlook, other: int, reference: Outlook, features: Array) -> Array:
         """The variance of the difference between ends, (n,): of `points` and of trial `other` of `reference`, which
         has these features. What is not known of all alike cancels out."""
-        near = END**2 * self._alike(points.features, features[None])[:, 0] + ANYTHING**2
+        near = END**2 * _alike(points.features, features[None])[:, 0] + ANYTHING**2
         shared = near - outlook.against.T @ reference.against[:, other]
         return np.asarray(np.maximum(outlook.variance + reference.variance[other] - 2 * shared, TINY))
 
@@ -118,28 +109,17 @@ class Curves:
         return np.asarray(np.sqrt(lengths / self._first))
 
     def _covariance(self, one: Points, two: Points) -> Array:
-        alike = self._alike(one.features, two.features)
+        alike = _alike(one.features, two.features)
         same = (one.trials[:, None] == two.trials[None]) & (one.trials[:, None] >= 0)
         fading = self._fading(one.lengths)[:, None] * self._fading(two.lengths)[None]
-        early = self.scales.early**2 * fading * np.exp(-np.abs(one.lengths[:, None] - two.lengths[None]) / ALIKE)
+        early = self.early**2 * fading * np.exp(-np.abs(one.lengths[:, None] - two.lengths[None]) / ALIKE)
         level = LEVEL**2 * (one.rungs[:, None] == two.rungs[None]) + ANYTHING**2
         return np.asarray((END**2 + EARLY**2 * early) * alike + (OWN**2 + OWN_EARLY**2 * early) * same + level)
 
-    def _alike(self, one: Array, two: Array) -> Array:
-        widths = np.array([self.scales.rate_width] + [WIDTH] * (one.shape[1] - 1))
-        one, two = one / widths, two / widths
-        apart = (one**2).sum(1)[:, None] + (two**2).sum(1)[None] - 2 * one @ two.T
-        return np.asarray(np.exp(-0.5 * np.maximum(apart, 0.0)))
-
 
 def fitted(seen: Points, losses: Array, first: float) -> Curves:
-    """The model under the likeliest of the scales, one chosen after the other."""
-    best = Curves(seen, losses, first)
-    for name, values in CHOICES.items():
-        others = [replace(best.scales, **{name: value}) for value in values if value != getattr(best.scales, name)]
-        models = [best, *(Curves(seen, losses, first, scales) for scales in others)]
-        best = max(models, key=lambda model: model.likelihood)
-    return best
+    """The model under the likeliest of the factors by which early losses may be off."""
+    return max((Curves(seen, losses, first, factor) for factor in FACTORS), key=lambda model: model.likelihood)
 
 
 def _forward(root: Array, sides: Array) -> Array:
@@ -153,6 +133,13 @@ def _forward(root: Array, sides: Array) -> Array:
         found[start:stop] = np.linalg.solve(root[start:stop, start:stop], found[start:stop])
         found[stop:] -= root[stop:, start:stop] @ found[start:stop]
     return found
+
+
+def _alike(one: Array, two: Array) -> Array:
+    widths = np.array([RATE_WIDTH] + [WIDTH] * (one.shape[1] - 1))
+    one, two = one / widths, two / widths
+    apart = (one**2).sum(1)[:, None] + (two**2).sum(1)[None] - 2 * one @ two.T
+    return np.asarray(np.exp(-0.5 * np.maximum(apart, 0.0)))
 
 
 def standardised(losses: Array, first: Array) -> Array:
