@@ -73,8 +73,8 @@ class Curves:
     """The model, conditioned on losses. It takes (n,) losses of n points; cubic in n, 2 ms at 150."""
 
     def __init__(self, seen: Points, losses: Array, first: float, early: float = 1.0) -> None:
-        """`losses` are standardised (see `standardised`), `first` is the log of the first rung's share; early losses are
-        off by `early` times as much as usual."""
+        """`losses` are standardised (see `standardised`), `first` is the log of the first rung's share; early losses
+        are off by `early` times as much as usual."""
         self.early = early
         self._seen, self._first = seen, first if first < 0 else -1.0  # without rungs all is seen at the end
         covariance = self._covariance(seen, seen)

@@ -17,7 +17,7 @@ import surfaces
 from benchmarks import replay, synthetic
 from sweep import feasibility, space
 from sweep.allocation import Allocation, allocation_of
-from sweep.curves import Curves, Points, expected_improvement, rates, standardised
+from sweep.curves import Curves, Points, expected_improvement, fitted, rates, standardised
 from sweep.loop import Sweep
 from sweep.projection import Plan, Projector
 from sweep.proposals import anything
@@ -75,6 +75,17 @@ def test_a_leader_is_thawed_where_curves_do_not_cross() -> None:
     results = Results([(n, 0, 1.5 - 0.05 * n if n != 4 else 0.9) for n in range(9)])
     chosen = Allocation(SEARCH, SHARES, 0).thaw(trials, results, projector(), [])
     assert chosen is not None and chosen.number == 4
+
+
+@pytest.mark.parametrize(("misled", "early"), [(False, 1.0), (True, 4.0)])
+def test_early_losses_that_mislead_are_trusted_less(misled: bool, early: float) -> None:
+    """Proves that the model learns by how much the first rung is off: not at all, or more than its losses differ."""
+    rng = np.random.default_rng(0)
+    features, ends = rng.uniform(0, 1, (12, 1)), rng.normal(0, 0.6, 12)
+    first = ends + rng.normal(0, 2.5 if misled else 0.05, 12)
+    lengths, rungs = np.log([0.05] * 12 + [1.0] * 12), np.repeat([0, 1], 12)
+    seen = Points(np.vstack([features, features]), np.tile(np.arange(12), 2), lengths, rungs)
+    assert fitted(seen, np.concatenate([first, ends]), math.log(0.05)).early == early
 
 
 def test_who_runs_or_diverged_is_not_thawed() -> None:
