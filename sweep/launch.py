@@ -82,7 +82,7 @@ def look_at_model(spec: Spec) -> dict[str, Any]:
         raise UnusableError(f"{spec.model} is a recording, which needs no GPU", "name a model's folder or a hub id")
     with tempfile.TemporaryDirectory() as temporary:
         request = Path(temporary) / "check.json"
-        request.write_text(json.dumps({"model": spec.model}))
+        request.write_text(json.dumps({"model": spec.model, "methods": list(spec.search.method)}))
         return _answer(request)
 
 

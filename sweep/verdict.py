@@ -57,7 +57,7 @@ def by_common_seeds(values: Sequence[Mapping[int, float]]) -> list[int]:
     """Places of configurations whose values by seed are given (lower is better), the best first, ties as they come.
 
     Compared is the mean over the seeds that all of them have, of the first two over all that both have: one more may
-    have been given to them alone.
+    have been given to them alone. Without a seed that all have, each one's own mean.
     """
     if not values:
         return []
@@ -65,7 +65,8 @@ def by_common_seeds(values: Sequence[Mapping[int, float]]) -> list[int]:
     def means(seeds: set[int]) -> list[float]:
         return [statistics.fmean(v[n] for n in seeds) if seeds <= v.keys() and seeds else math.inf for v in values]
 
-    found = means(set.intersection(*(set(v) for v in values)))
+    shared = set.intersection(*(set(v) for v in values))
+    found = means(shared) if shared else [statistics.fmean(v.values()) for v in values]
     order = sorted(range(len(values)), key=lambda place: found[place])
     if len(order) > 1:
         first, second = order[:2]

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ BAD_INPUT, DISK_FULL = 7, 8
 
 def _silence() -> None:
     """Keeps the libraries' progress bars, retries and advice off a user's terminal."""
+    for name in ("bitsandbytes", "torch.utils._pytree", "torchao"):  # which transformers imports where they are
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     import datasets
     import huggingface_hub
     import transformers
@@ -64,14 +68,16 @@ def _shape(model: Any) -> dict[str, Any] | None:
         return None
 
 
-def model_alone(name: str) -> dict[str, Any]:
+def model_alone(name: str, methods: Sequence[str]) -> dict[str, Any]:
     """What is seen of a model by its configuration. Raises ModelError."""
     from trainers import models
+    from trainers.quantised import check_quantised
     from trainers.shapes import shape_of
 
     config = models.load_config(models.resolve(name, ["config.json"]))
     model = models.skeleton(config)
     models.head_of(model)
+    check_quantised(name, model, methods)
     return {"parameters": model.num_parameters(), "shape": dataclasses.asdict(shape_of(model)), **_device()}
 
 
@@ -90,9 +96,9 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     config = models.load_config(folder)
     tokenizer = models.load_tokenizer(folder)
     models.check_weights(folder)
-    check_quantised(folder.name, config, request["methods"])
     model = models.skeleton(config)
     models.head_of(model)
+    check_quantised(folder.name, model, request["methods"])
     text = config.get_text_config()
     per_rank = {}
     for targets in request["targets"] if "lora" in request["methods"] else []:
@@ -133,7 +139,7 @@ def _answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
 
     begun = time.monotonic()
     try:
-        found = check(request) if "train" in request else model_alone(request["model"])
+        found = check(request) if "train" in request else model_alone(request["model"], request["methods"])
     except ModelError as error:
         return BAD_INPUT, _refusal("model", str(error), "model: in the spec names a folder or a hub id")
     except DataError as error:

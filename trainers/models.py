@@ -215,9 +215,11 @@ def load_base(model: str, device: str) -> Base:
         # transformers would make the missing weights up at random and only log it.
         raise ModelError(f"{folder.name}: its weights files lack {min(report['missing_keys'])}; download them again")
     if hasattr(config, "quantization_config"):
-        # What is not quantised keeps the type in which it was saved, whatever was asked for.
+        # What is not quantised keeps the type in which it was saved, whatever was asked for. Codes have a class of
+        # their own, and may be stored as any type.
         for parameter in loaded.parameters():
-            parameter.data = parameter.data.to(dtype) if parameter.is_floating_point() else parameter.data
+            if type(parameter) is nn.Parameter and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
     loaded.requires_grad_(False)
     loaded.eval()
     loaded.config.use_cache = False
@@ -377,7 +379,7 @@ def load_engines(job: WorkerJob) -> LoadedEngines:
     train, validation = (load_split(Path(job.data), name) for name in ("train", "validation"))
     with _timed("base model and kernels"), _compiling_ahead(job, train, validation):
         base = load_base(job.model, job.device)
-        check_quantised(base.name, base.model.config, job.methods)
+        check_quantised(base.name, base.model, job.methods)
         verify_loss(base, [train[0], train[min(1, train.rows - 1)]])
     engines: dict[str, Engine] = {}
     gpu = base.device if base.device.type == "cuda" else None

@@ -1,5 +1,6 @@
-"""Base models that were saved in fewer bits a weight: LoRA trains over them as QLoRA does (Dettmers et al., arXiv
-2305.14314), full-parameter training does not.
+"""Base models that were saved in 4 bits by bitsandbytes: LoRA trains over them as QLoRA does (Dettmers et al., arXiv
+2305.14314). Other quantised bases are refused: none was tried, and layers of 8 bits (LLM.int8) compute one trial's rows
+by the largest inputs of its neighbours'.
 """
 
 from __future__ import annotations
@@ -7,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
-from trainers.models import LOAD_ERRORS, ModelError, one_line
+from trainers.models import LOAD_ERRORS, ModelError, layer_linears, one_line
 
 BF16 = 2.0  # bytes a weight
 
 
-def settings_of(config: PretrainedConfig) -> dict[str, Any] | None:
+def _settings(config: PretrainedConfig) -> dict[str, Any] | None:
     """How the weights were quantised, as the model's folder says; None where they were not."""
     settings = getattr(config, "quantization_config", None)
     if settings is None:
@@ -23,37 +26,46 @@ def settings_of(config: PretrainedConfig) -> dict[str, Any] | None:
     return dict(settings) if isinstance(settings, Mapping) else dict(settings.to_dict())
 
 
-def check_quantised(name: str, config: PretrainedConfig, methods: Sequence[str]) -> None:
-    """Raises ModelError where what reads the weights is not installed, or where a method can't train over them."""
-    settings = settings_of(config)
+def _whole(model: PreTrainedModel, settings: Mapping[str, Any]) -> list[str]:
+    """Patterns of the modules that were left as they are."""
+    named = settings.get("llm_int8_skip_modules")
+    return list(HfQuantizer.get_modules_to_not_convert(model, named, model._keep_in_fp32_modules))
+
+
+def check_quantised(name: str, model: PreTrainedModel, methods: Sequence[str]) -> None:
+    """Raises ModelError where a quantised model, loaded or on the meta device, can't be read or trained over."""
+    settings = _settings(model.config)
     if settings is None:
         return
     kind = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method", "unknown")))
+    if kind != "bitsandbytes" or not settings.get("load_in_4bit"):
+        raise ModelError(
+            f"{name}: its weights are quantised ({kind}); use a base of 4 bits by bitsandbytes, or a whole one"
+        )
     try:
-        quantizer = AutoHfQuantizer.from_config(dict(settings), pre_quantized=True)
-        quantizer.validate_environment()
+        AutoHfQuantizer.from_config(dict(settings), pre_quantized=True).validate_environment()
     except LOAD_ERRORS as error:
         raise ModelError(f"{name}: its weights are quantised ({kind}) and can't be read: {one_line(error)}") from error
-    if not quantizer.is_trainable:
-        raise ModelError(f"{name}: its weights are quantised ({kind}), and nothing trains over them; use another model")
-    if settings.get("load_in_8bit"):
-        # LLM.int8 picks columns that are computed in half precision by the largest input of all rows.
-        raise ModelError(
-            f"{name}: its weights are quantised to 8 bits ({kind}), whose layers compute one trial's rows by its "
-            "neighbours'; use a base of 4 bits"
-        )
     if "full" in methods:
         raise ModelError(
             f"{name}: its weights are quantised ({kind}), and full training steps whole ones; "
             "use search.method: [lora], or the model that it was made from"
         )
+    head = next((path for path, module in model.named_modules() if module is model.get_output_embeddings()), "")
+    if should_convert_module(head, _whole(model, settings)):
+        raise ModelError(f"{name}: its head is quantised, which the loss reads; use a base that left {head} as it was")
 
 
-def bytes_a_weight(config: PretrainedConfig) -> float:
-    """Bytes that a weight of the layers' linears takes, with its share of the scales; bf16 where it is not known."""
-    settings = settings_of(config) or {}
-    if settings.get("load_in_4bit"):
-        # A scale for 64 weights: fp32, or in 8 bits with an fp32 one for 256 of them.
-        return 0.5 + (1 / 64 + 4 / (64 * 256) if settings.get("bnb_4bit_use_double_quant") else 4 / 64)
-    bits = settings.get("bits")
-    return min(bits / 8 + 1 / 16, BF16) if isinstance(bits, int) else BF16
+def bytes_a_weight(model: PreTrainedModel) -> float:
+    """Bytes that a weight of the layers' linears takes on average, with its share of the scales."""
+    settings = _settings(model.config)
+    if settings is None or not settings.get("load_in_4bit"):
+        return BF16
+    # A scale for 64 weights: fp32, or in 8 bits with an fp32 one for 256 of them.
+    scales = 1 / 64 + 4 / (64 * 256) if settings.get("bnb_4bit_use_double_quant") else 4 / 64
+    whole, taken, count = _whole(model, settings), 0.0, 0
+    for name, (linear, _) in layer_linears(model).items():
+        size = linear.in_features * linear.out_features
+        taken += size * (0.5 + scales if should_convert_module(name, whole) else BF16)
+        count += size
+    return taken / max(count, 1)

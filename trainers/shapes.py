@@ -96,7 +96,7 @@ def shape_of(model: PreTrainedModel) -> Shape:
         gates=_gates(frozen, head.in_features) // _TOKENS,
         outside=frozen.outside // _TOKENS,
         outside_trained=trained.outside // _TOKENS,
-        weight_bytes=bytes_a_weight(model.config),
+        weight_bytes=bytes_a_weight(model),
     )
 
 

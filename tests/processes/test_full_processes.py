@@ -52,11 +52,20 @@ def test_several_processes_train_as_one(prepared: Path, tmp_path: Path) -> None:
     fewer rows than processes is among them. After the trial left the base is what it was.
     """
     train: list[list[Any]] = [["admit", CONFIG, None], ["train", 2, WHOLE]]
-    calls = [*train, ["evaluate", 2, None], ["score", 2, None], ["generate", 2, None], ["drop", 2], ["evaluate", None]]
+    judged = [["evaluate", 2, None], ["score", 2, None], ["generate", 2, None]]
+    calls = [*train, *judged, ["drop", 2], ["evaluate", None]]
+    between = [["admit", CONFIG, None], ["train", 2, 8], *judged, ["train", 2, WHOLE - 8]]
     sparing, whole = {"job": {"checkpointing": True}}, {"job": {"full_gathered": True}}
     parts = [["micro", 30], *calls]
-    one, two, three, spared, cut = drive(
-        prepared, tmp_path, (1, calls, {}), (2, calls, whole), (3, train, {}), (2, train, sparing), (2, parts, {})
+    one, two, three, spared, cut, on = drive(
+        prepared,
+        tmp_path,
+        (1, calls, {}),
+        (2, calls, whole),
+        (3, train, {}),
+        (2, train, sparing),
+        (2, parts, {}),
+        (2, between, whole),
     )
     assert same(two, one)
     assert two[4] == one[4], "the generated tokens"
@@ -64,6 +73,7 @@ def test_several_processes_train_as_one(prepared: Path, tmp_path: Path) -> None:
     assert same(three, one[:2])
     assert spared == two[:2]
     assert same(cut[1:4], one[:3]) and cut[5] == one[4]
+    assert same([*on[1], *on[5]], one[1]), "training goes on with the stepped weights after a judgement"
 
 
 def test_compiled_layers_are_computed_again_where_that_is_wanted(prepared: Path, tmp_path: Path) -> None:

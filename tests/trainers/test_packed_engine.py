@@ -198,7 +198,7 @@ def test_memory_that_never_suffices_fails_one_trial_after_the_other(
 
 
 def test_a_snapshot_is_of_its_moment(make: Make, tmp_path: Path) -> None:
-    """What is written after a trial trained on is what it was; of one that stands still it is what it is."""
+    """What is written after a trial trained on is what it was; of one that stood still, also when it left."""
     engine = make(2)
     for number in (1, 2):
         engine.admit(dataclasses.replace(TRIALS[3], number=number), None, None)
@@ -206,10 +206,12 @@ def test_a_snapshot_is_of_its_moment(make: Make, tmp_path: Path) -> None:
         engine.advance(lambda: True)
     engine.checkpoint(1, tmp_path / "then")
     moving, still = engine.snapshot(1, still=False), engine.snapshot(2, still=True)
-    still(tmp_path / "still")
+    engine.drop(2)
+    engine.admit(dataclasses.replace(TRIALS[3], number=3, seed=1), None, None)
     for _ in range(3):
         engine.advance(lambda: True)
     moving(tmp_path / "moving")
+    still(tmp_path / "still")
     engine.checkpoint(1, tmp_path / "now")
     files = [file.name for file in (tmp_path / "then").iterdir() if file.suffix == ".safetensors"]
     assert len(files) == 2

@@ -164,6 +164,7 @@ def quantise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
     return save
 
 
+SKIPS = {"llm_int8_skip_modules": ["up_proj"]}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
 
 
@@ -193,25 +194,38 @@ def test_packs_train_over_a_quantised_base_as_peft_does(quantise: Callable[..., 
 def test_what_cannot_train_over_a_quantised_base_is_refused(
     quantise: Callable[..., Path], data_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Full training, layers of 8 bits and a missing library are refused in one line; LoRA over 4 bits loads."""
+    """Full training, layers of 8 bits, a quantised head, a missing library: a line each. LoRA over 4 bits loads."""
     folder = quantise(**NF4)
     full, lora = (dataclasses.replace(job(folder, data_folder), methods=[method]) for method in ("full", "lora"))
     assert load_engines(lora).engines.keys() == {"lora"}
     with pytest.raises(ModelError, match=r"quantised \(bitsandbytes\).*use search.method: \[lora\]") as caught:
         load_engines(full)
     assert "\n" not in str(caught.value)
-    config = load_config(folder)
-    with pytest.raises(ModelError, match="8 bits"):
-        check_quantised("m", load_config(quantise(load_in_8bit=True)), ["lora"])
     monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda *_: False)
     with pytest.raises(ModelError, match=r"can't be read.*pip install") as caught:
-        check_quantised("m", config, ["lora"])
+        check_quantised("m", skeleton(load_config(folder)), ["lora"])
     assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    for settings, said in (({"load_in_8bit": True}, "use a base of 4 bits"), (NF4 | SKIPS, "head is quantised")):
+        other = skeleton(load_config(quantise(**settings)))
+        with pytest.raises(ModelError, match=said):
+            check_quantised("m", other, ["lora"])
 
 
-def test_a_quantised_base_is_forecast_as_small_as_it_is(quantise: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("storage", ["uint8", "float16"])
+def test_a_quantised_base_is_loaded_as_transformers_loads_it(quantise: Callable[..., Path], storage: str) -> None:
+    """Loading changes no loss, whatever type the codes are stored as."""
+    folder = quantise(**NF4, bnb_4bit_quant_storage=getattr(torch, storage))
+    ids = torch.arange(5, 25)[None]
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        assert torch.equal(load_base(str(folder), "cpu").model(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("skips", [None, ["lm_head", "model.layers.1", "up_proj"]])
+def test_a_quantised_base_is_forecast_as_small_as_it_is(quantise: Callable[..., Path], skips: list[str] | None) -> None:
     """Predicted bytes of the base weights are what the loaded model holds, within 3 %, in bf16 beside its linears."""
-    folder = quantise(**NF4)
+    folder = quantise(**NF4, llm_int8_skip_modules=skips)
     predicted = shape_of(skeleton(load_config(folder))).base_bytes
     model = AutoModelForCausalLM.from_pretrained(folder)
     held = sum(p.numel() * (2 if p.is_floating_point() else 1) for p in model.parameters())

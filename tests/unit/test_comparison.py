@@ -116,7 +116,7 @@ def test_who_left_the_race_early_does_not_win_by_a_lucky_seed(tmp_path: Path) ->
 
 
 def test_the_leaders_are_compared_by_all_seeds_that_both_have(tmp_path: Path) -> None:
-    """Proves that the verdict's configuration is the one that the race hands over: by six seeds, not three."""
+    """Proves that the verdict names whom the race hands over: by six seeds, not three, where two lead."""
     six = [*SEEDS, 104, 105, 106]
     early = Told(1, rank=64, confirmed=confirmed([0.90, 0.90, 0.90, 0.95, 0.95, 0.95], six))
     later = Told(2, rank=8, confirmed=confirmed([0.91, 0.91, 0.91, 0.89, 0.89, 0.89], six))

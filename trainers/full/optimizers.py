@@ -115,6 +115,10 @@ def _zeros(parameter: torch.Tensor, _: bool) -> torch.Tensor:
 
 
 def check(into: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor], where: str) -> None:
-    """Raises CheckpointError where a saved state does not fit the tensors of a begun optimizer."""
+    """Raises CheckpointError where a saved state does not fit the tensors of a begun optimizer.
+
+    Maps, which older checkpoints hold, are left out as they are now.
+    """
+    saved = {name: tensor for name, tensor in saved.items() if "qmap" not in name}
     if into.keys() != saved.keys() or any(into[name].shape != saved[name].shape for name in into):
         raise CheckpointError(f"{where}: is of other parameters or another optimizer")

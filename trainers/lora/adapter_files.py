@@ -67,14 +67,15 @@ class Buffers:
         """The same when it is there, on the host; for any thread.
 
         A copy that training would not wait for needs pinned memory, and allocating it stops everybody: tens to hundreds
-        of milliseconds for each of a few checkpoints (docs/log.md). In a stream of its own a copy may be waited for.
+        of milliseconds for each of a few checkpoints (docs/log.md). In a stream of its own a copy may be waited for:
+        one of high priority, as those of the usual pool are handed out in turn, and graphs are captured in one of them.
         """
         if self.ready is None:
             return self
         if not self.weights.is_cuda:
             self.ready.synchronize()
             return Buffers(self.weights, self.moments)
-        with torch.cuda.stream(torch.cuda.Stream(self.weights.device)):
+        with torch.cuda.stream(torch.cuda.Stream(self.weights.device, priority=-1)):
             torch.cuda.current_stream().wait_event(self.ready)
             return Buffers(self.weights.cpu(), {name: moment.cpu() for name, moment in self.moments.items()})
 

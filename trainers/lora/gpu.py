@@ -370,7 +370,7 @@ class GpuRunner:
 
     def _recorded(self, graph: torch.cuda.CUDAGraph) -> AbstractContextManager[None]:
         """What is launched in the context becomes the graph's."""
-        # Threads that write checkpoints wait for events of their own meanwhile, which must not end the capture.
+        # Threads that write checkpoints copy in streams of their own meanwhile, which must not end the capture.
         return torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
 
     def _keep(self, *outputs: torch.Tensor) -> None:
