@@ -7,6 +7,7 @@
 #   memory                                 predicted against measured peaks, LoRA and full
 #   graphs                                 evaluations and full-parameter steps with and without CUDA graphs
 #   full                                   full-parameter steps at 135M and 1.5B: tokens/s, MFU, peak memory
+#   two                                    on two GPUs: the same at 1.5B, a trial that changes its GPUs, and 8B
 #   study                                  start-up cold and warm, occupancy, empty slots, forecasts in a small study
 #   verdict-words verdict-sums             LoRA or full: a whole study each, what sweep compare says of it, and the lines
 #                                          of `study`
@@ -58,6 +59,12 @@ for part in "$@"; do
         for shape in smollm2-135m 1.5b; do
             step 240 benchmarks.full --shape "$shape" --steps 30 --scratch "$scratch" --out "$out/full.jsonl"
         done
+        ;;
+    two)
+        step 330 benchmarks.full --shape 1.5b --processes 1 2 --batch-size 96 --steps 26 --warm-up 4 --hand-over 2 1 2 \
+            --scratch "$scratch" --out "$out/full.jsonl"
+        step 230 benchmarks.full --shape 8b --processes 2 --checkpointing --batch-size 64 --steps 10 --warm-up 3 \
+            --scratch "$scratch" --out "$out/full.jsonl"
         ;;
     study)
         for name in cold warm; do
