@@ -9,6 +9,7 @@
 #   full                                   full-parameter steps at 135M and 1.5B: tokens/s, MFU, peak memory
 #   two                                    on two GPUs: the same at 1.5B, a trial that changes its GPUs, and 8B
 #   study                                  start-up cold and warm, occupancy, empty slots, forecasts in a small study
+#   long-study                             the same lines of a study of nine minutes, as long as one command may be here
 #   verdict-words verdict-sums             LoRA or full: a whole study each, what sweep compare says of it, and the lines
 #                                          of `study`
 #
@@ -71,6 +72,11 @@ for part in "$@"; do
             study words "study=$name" budget.cap=\$0.20 budget.reserve=\$0.08
         done
         step 60 benchmarks.forecast --study-db "$scratch/study/studies.db" --study cold --json
+        cp "$scratch/study/studies.db" "$out/" 2>/dev/null
+        ;;
+    long-study)
+        study sums study=long "search.method=[lora]" search.epochs=8 budget.cap=\$0.61 budget.reserve=\$0.08
+        step 60 benchmarks.forecast --study-db "$scratch/study/studies.db" --study long --json
         cp "$scratch/study/studies.db" "$out/" 2>/dev/null
         ;;
     verdict-*)

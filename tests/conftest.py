@@ -16,6 +16,9 @@ import pytest
 
 # Without a GPU the kernels run in Triton's interpreter, which it must know before anything imports it.
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
+# The libraries of 8-bit states and 4-bit bases are for the tests that import them here.
+_WITHOUT = str(Path(__file__).parent / "without")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_WITHOUT, os.environ.get("PYTHONPATH")]))
 
 
 def pytest_report_header() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -67,10 +66,8 @@ def test_other_refusals(tmp_path: Path) -> None:
     assert "no trial was trained to its end" in anyway.stderr and "Traceback" not in anyway.stderr
 
 
-def test_eight_bit_moments_without_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Proves that what a paid worker would stumble over is refused before."""
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules.update(bitsandbytes=None, torchao=None)\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+def test_eight_bit_moments_without_a_library(tmp_path: Path) -> None:
+    """Proves that what a paid worker would stumble over is refused before: processes find none (tests/without)."""
     spec = write_spec(tmp_path, cap="$1")
     (tmp_path / "good.jsonl").write_text(ROWS)
     model = Path(__file__).parents[2] / "models" / "smollm2-135m"

@@ -82,6 +82,7 @@ def test_a_raised_cap_leaves_the_endgame_its_money(tmp_path: Path) -> None:
     assert len({trial.run[1] for trial in confirmed}) >= 2, "both seeds are paid for"
 
 
+@pytest.mark.alone
 def test_the_worker_of_the_search_goes_on_with_the_race(tmp_path: Path) -> None:
     """Proves that a search whose last slice is used up ends before its worker does, which would have to be loaded anew:
     writes are so slow here that the end of a slice is kept back for them while trials could still be paid."""
