@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,9 +17,12 @@ import pytest
 
 # Without a GPU the kernels run in Triton's interpreter, which it must know before anything imports it.
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
-# The libraries of 8-bit states and 4-bit bases are for the tests that import them here.
+# Processes that tests start find no library of 8-bit states and 4-bit bases; tests do, also in processes of xdist's.
 _WITHOUT = str(Path(__file__).parent / "without")
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_WITHOUT, os.environ.get("PYTHONPATH")]))
+if _WITHOUT not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_WITHOUT, os.environ.get("PYTHONPATH")]))
+for _name in [name for name in ("bitsandbytes", "torchao") if name in sys.modules and sys.modules[name] is None]:
+    del sys.modules[_name]
 
 
 def pytest_report_header() -> str:
