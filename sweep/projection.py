@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -346,12 +346,14 @@ class Projector:
         kinds = ["load", "compile"] if self.forecast.measured("compile") else ["load"]
         return [(self._piece(kind, "lora"), 1) for kind in kinds]
 
-    def _train(self, config: TrialConfig, width: float) -> Work:
-        width = width if config.method == "lora" else 1.0
-        key = config, width
+    def _once(self, make: Callable[..., Work], *arguments: Any) -> Work:
+        key = make.__name__, *arguments
         if key not in self._works:
-            self._works[key] = self._training(config, width)
+            self._works[key] = make(*arguments)
         return self._works[key]
+
+    def _train(self, config: TrialConfig, width: float) -> Work:
+        return self._once(self._training, config, width if config.method == "lora" else 1.0)
 
     def _training(self, config: TrialConfig, width: float) -> Work:
         row = self.plan.run_tokens / self.plan.examples
@@ -372,10 +374,7 @@ class Projector:
         return Work("train", prior, features, owner=str(config.number))
 
     def _evaluate(self, method: Method, tokens: float) -> Work:
-        key = "evaluate", method, tokens
-        if key not in self._works:
-            self._works[key] = self._evaluating(method, tokens)
-        return self._works[key]
+        return self._once(self._evaluating, method, tokens)
 
     def _evaluating(self, method: Method, tokens: float) -> Work:
         prior = 2.0 * self.parameters / self.flops + EVALUATION_FLOOR * floor_seconds(self._layers, tokens)
@@ -383,10 +382,7 @@ class Projector:
         return Work("evaluate", prior, {"full": float(method == "full")})
 
     def _piece(self, kind: str, method: str) -> Work:
-        key = kind, method
-        if key not in self._works:
-            self._works[key] = self._whole_piece(kind, method)
-        return self._works[key]
+        return self._once(self._whole_piece, kind, method)
 
     def _whole_piece(self, kind: str, method: str) -> Work:
         full = method == "full"
