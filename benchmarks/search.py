@@ -314,7 +314,7 @@ def steps(options: argparse.Namespace) -> int:
         return changed
 
     with contextlib.suppress(Interrupted):
-        replay.replay(table, 0, 0.2 * most, 4, memory=Timed, watch=watch, trials=most + 50, rungs=[0.05], eta=50)
+        replay.replay(table, 0, 0.6 * most, 4, memory=Timed, watch=watch, trials=most + 50, rungs=[0.05], eta=50)
     for count in options.trials:
         near = range(max(count - SIZE_STEP, 1), count + 1)
         loop, sampler = ([ms for n in near for ms in values.get(n, [])] for values in (taken, asked))
