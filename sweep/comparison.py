@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +97,7 @@ def compare(connection: Connection, name: str) -> dict[str, Any]:
     representatives = {method: one.source for method, one in best.items() if one is not None}
     spent = outlay.read(connection, study, trials, representatives)
     tuning = _tuning(trials, by_rank)
-    untuned = {rank: tried for rank, (tried, to_the_end) in tuning.items() if not to_the_end}
+    untuned = {rank for rank, (_, to_the_end) in tuning.items() if not to_the_end}
     findings = _findings(measure, best, ranks, untuned, spent["costs"])
     lora, full, share = findings.lora, findings.full, findings.share
     values: dict[str, Any] = {
@@ -233,7 +233,7 @@ def _findings(
     measure: Measure,
     best: Mapping[str, Confirmed | None],
     ranks: Mapping[int, Estimate | None] | None,
-    untuned: Mapping[int, int],
+    untuned: Collection[int],
     costs: Mapping[str, Any],
 ) -> Findings:
     sides, scores = {}, {}

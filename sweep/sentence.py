@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from sweep.verdict import MIN_SEEDS, Estimate, Share
 
@@ -33,7 +33,7 @@ class Findings:
     charged: float | None = None  # LoRA's cost over full training's: of a confirmation, as it was charged
     alone: float | None = None  # and of a run that has the machine to itself, by forecast
     ranks: Mapping[int, Estimate | None] | None = None  # each less the best; None is the best
-    untuned: Mapping[int, int] = field(default_factory=dict)  # tried of a rank of which none came to its end
+    untuned: Collection[int] = ()  # ranks of which no configuration came to its end in the search
 
 
 def sentence(found: Findings) -> str:
@@ -115,7 +115,7 @@ def _alone(found: Findings, side: Side | None) -> str:
     return f"only {only} was confirmed: {brought}; of {other} nothing can be said"
 
 
-def _ranks(ranks: Mapping[int, Estimate | None], untuned: Mapping[int, int]) -> str:
+def _ranks(ranks: Mapping[int, Estimate | None], untuned: Collection[int]) -> str:
     gaps = {rank: gap for rank, gap in ranks.items() if gap is not None}
     best = next(rank for rank, gap in ranks.items() if gap is None)
     if any(gap.low is None for gap in gaps.values()):
@@ -123,8 +123,10 @@ def _ranks(ranks: Mapping[int, Estimate | None], untuned: Mapping[int, int]) -> 
     behind = sorted(rank for rank, gap in gaps.items() if gap.clear)
     tied = sorted({best, *gaps} - set(behind))
     worse = [rank for rank in behind if rank not in untuned]
-    open_ = [rank for rank in behind if rank in untuned]
-    why = f"; of {_named(open_)} nothing is said: no configuration of it came to its end in the search" if open_ else ""
+    given_up = [rank for rank in behind if rank in untuned]
+    why = ""
+    if given_up:
+        why = f"; of {_named(given_up)} nothing is said: no configuration of it came to its end in the search"
     if len(tied) == 1:
         return (f"rank {best} is better than {_named(worse)}" if worse else f"rank {best} is the best") + why
     apart = f", {_named(worse)} {_be(worse)} worse" if worse else ""
