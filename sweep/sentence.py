@@ -126,7 +126,8 @@ def _ranks(ranks: Mapping[int, Estimate | None], untuned: Collection[int]) -> st
     given_up = [rank for rank in behind if rank in untuned]
     why = ""
     if given_up:
-        why = f"; of {_named(given_up)} nothing is said: no configuration of it came to its end in the search"
+        whose = "them" if len(given_up) > 1 else "it"
+        why = f"; of {_named(given_up)} nothing is said: no configuration of {whose} came to its end in the search"
     if len(tied) == 1:
         return (f"rank {best} is better than {_named(worse)}" if worse else f"rank {best} is the best") + why
     apart = f", {_named(worse)} {_be(worse)} worse" if worse else ""
