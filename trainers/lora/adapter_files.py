@@ -66,9 +66,10 @@ class Buffers:
     def on_host(self) -> Buffers:
         """The same when it is there, on the host; for any thread.
 
-        A copy that training would not wait for needs pinned memory, and allocating it stops everybody: tens to hundreds
-        of milliseconds for each of a few checkpoints (docs/log.md). In a stream of its own a copy may be waited for:
-        one of high priority, as those of the usual pool are handed out in turn, and graphs are captured in one of them.
+        A copy that training would not wait for needs pinned memory, and allocating that seems to have stopped all:
+        tens to hundreds of milliseconds for each of a few checkpoints (docs/log.md). In a stream of its own a copy
+        may be waited for: one of high priority, as those of the usual pool are handed out in turn, and graphs are
+        captured in one of them.
         """
         if self.ready is None:
             return self
