@@ -47,6 +47,11 @@ study() { # words or sums, more settings
         --out "$out/machine_time.jsonl" "${settings[@]/#/--set=}"
 }
 
+forecasts() { # of a study: how they held, and its database
+    step 60 benchmarks.forecast --study-db "$scratch/study/studies.db" --study "$1" --json
+    cp "$scratch/study/studies.db" "$out/" 2>/dev/null
+}
+
 for part in "$@"; do
     case $part in
     packing-135m) packing smollm2-135m 40 65536 "2 4" ;;
@@ -71,21 +76,18 @@ for part in "$@"; do
         for name in cold warm; do
             study words "study=$name" budget.cap=\$0.20 budget.reserve=\$0.08
         done
-        step 60 benchmarks.forecast --study-db "$scratch/study/studies.db" --study cold --json
-        cp "$scratch/study/studies.db" "$out/" 2>/dev/null
+        forecasts cold
         ;;
     long-study)
         study sums study=long "search.method=[lora]" search.epochs=8 budget.cap=\$0.61 budget.reserve=\$0.08
-        step 60 benchmarks.forecast --study-db "$scratch/study/studies.db" --study long --json
-        cp "$scratch/study/studies.db" "$out/" 2>/dev/null
+        forecasts long
         ;;
     verdict-*)
         study "${part#verdict-}"
         (cd "$scratch/study" && for verb in "compare --claims" statement best; do
             COLUMNS=120 python3 -m sweep $verb "lora-or-full-${part#verdict-}"
         done) >>"$out/$part.txt" 2>&1
-        step 60 benchmarks.forecast --study-db "$scratch/study/studies.db" --study "lora-or-full-${part#verdict-}" --json
-        cp "$scratch/study/studies.db" "$out/" 2>/dev/null
+        forecasts "lora-or-full-${part#verdict-}"
         (cd "$scratch/study/runs" && tar -czf "$out/$part-logs.tgz" */workers/*/*.log) # what a start-up's time went to
         ;;
     *) echo "there is no part $part" >&2 && exit 2 ;;

@@ -29,7 +29,7 @@ from sqlalchemy import Connection
 from benchmarks import synthetic
 from benchmarks.replay import make_facts, make_spec, replay
 from benchmarks.simulated import LOAD_SECONDS, MICROS_PER_HOUR, STATE_SECONDS, VALIDATION_TOKENS
-from benchmarks.tables import Table, find
+from benchmarks.tables import RUN_SECONDS, Table, find
 from budgets.ledger import IDLE, Ledger, trial_account
 from sweep import launch, pricing, records
 from sweep.errors import BudgetError
@@ -38,8 +38,6 @@ from sweep.plan import drawn
 from sweep.projection import untaught
 from sweep.spec import Spec, load
 from sweep.store import Store
-
-RUN_SECONDS = 600.0
 
 PHASES = ("search", "confirmation", "overhead", "left")
 
@@ -161,7 +159,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="of the endgame")
     options = parser.parse_args(arguments)
     for name in options.table:
-        # As in benchmarks.search a whole recorded run takes ten minutes: starts would be most of what seconds cost.
         table = synthetic.make(name, lora=150) if name in synthetic.KINDS else find([name])[0].lasting(RUN_SECONDS)
         found = of_table(table, options.runs, options.slots, options.seed, options.seeds)
         print(json.dumps(found), flush=True)

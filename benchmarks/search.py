@@ -335,7 +335,9 @@ def main(arguments: list[str]) -> int:
     runs.add_argument("--seeds", type=int, default=30)
     runs.add_argument("--first-seed", type=int, default=0)
     runs.add_argument("--runs", type=float, default=20.0, help="whole runs that the cap pays for")
-    runs.add_argument("--run-seconds", type=float, default=600.0, help="that a whole run takes alone, on average")
+    runs.add_argument(
+        "--run-seconds", type=float, default=tables.RUN_SECONDS, help="that a whole run takes alone, on average"
+    )
     runs.add_argument("--slots", type=int, default=4)
     runs.add_argument("--python", default=sys.executable, help="of the peers' environment")
     runs.add_argument("--out", type=Path, default=Path("search.jsonl"), metavar="FILE")

@@ -40,6 +40,7 @@ SHARES = (
     *(0.6, 0.7, 0.8, 0.9, 0.95, 1),
 )
 BEST_SHARE = 0.02  # of the configurations: the goal of a search
+RUN_SECONDS = 600.0  # that a whole run is made to last in replays: starts would be most of what recorded seconds cost
 RATE_WEIGHT = 4.0  # of the learning rate in the distance between configurations (Pool)
 SPACE = ("rank", "alpha", "targets", "learning_rate", "batch_size")
 

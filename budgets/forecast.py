@@ -275,7 +275,7 @@ class _Model:
         level, drift, before = self._level(work.engine)
         usual = NOISE**2 + TRIAL**2
         farthest = OUTLIER * math.sqrt(self.scale**2 * usual + drift)
-        moved = ratio - float(self.joint([work])[0][0]) - level
+        moved = ratio - self.mean(work)
         moved = min(max(moved, -farthest), farthest)
         gain = 1 - (1 - GAIN) ** weight
         drift = max(drift + gain * (moved * before - drift), 0.0)

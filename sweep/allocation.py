@@ -156,8 +156,7 @@ class Allocation:
         if len(seen) <= FITTED:
             return fitted(seen, losses, first)
         few = slice(FITTED)
-        known = Points(seen.features[few], seen.trials[few], seen.lengths[few], seen.rungs[few])
-        return Curves(seen, losses, first, fitted(known, losses[few], first).early)
+        return Curves(seen, losses, first, fitted(seen.at(few), losses[few], first).early)
 
     def _best_paused(self, view: _View, projector: Projector) -> tuple[TrialRow | None, float]:
         ahead = view.outlook.mean - OPTIMISM * np.sqrt(view.outlook.variance)
@@ -251,6 +250,5 @@ def _place(value: float, values: RangeSpec | tuple[Any, ...]) -> float:
 
 
 def _some(points: Points, outlook: Outlook, places: Any) -> tuple[Points, Outlook]:
-    some = Points(points.features[places], points.trials[places], points.lengths[places], points.rungs[places])
     known = outlook.mean[places], outlook.variance[places], outlook.explained[places], outlook.against[:, places]
-    return some, Outlook(*known)
+    return points.at(places), Outlook(*known)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +57,10 @@ class Points:
 
     def __len__(self) -> int:
         return len(self.trials)
+
+    def at(self, places: Any) -> Points:
+        """Those at some places: indices, or a slice."""
+        return Points(self.features[places], self.trials[places], self.lengths[places], self.rungs[places])
 
 
 @dataclass(frozen=True)

@@ -180,8 +180,8 @@ def _ranked(candidates: Sequence[Candidate], runs: Runs) -> list[Candidate]:
     """Those with two runs and none that failed, the best first."""
     measured = {c: _measured(c, runs) for c in candidates}
     measured = {c: found for c, found in measured.items() if len(found) > 1 and all(map(math.isfinite, found.values()))}
-    found = sorted(measured, key=candidates.index)
-    return [found[place] for place in by_common_seeds([measured[c] for c in found])]
+    found = list(measured)
+    return [found[place] for place in by_common_seeds(list(measured.values()))]
 
 
 def _further(racing: Sequence[Candidate], runs: Runs, seeds: int) -> list[tuple[Candidate, int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -178,14 +178,19 @@ def _ways(full: FullSpec) -> list[FullSpec]:
 def _lora(spec: Spec, shape: Shape, card: Card, longest: int, corrections: Corrections, targets: Any, rank: int) -> Row:
     correction, full = corrections.get("lora", Correction()), max(MICRO_TOKENS, longest)
     lengths = [tokens for tokens in (full, full // 2, full // 4) if tokens >= max(longest, SHORTEST_STREAM)]
-    setups = [Setup(method="lora", tokens=tokens, targets=targets, rank=rank) for tokens in lengths]
-    peaks = [correction.apply(peak(shape, setup)) for setup in setups]
     # The engine takes shorter streams where long ones don't fit.
-    at = next((i for i, found in enumerate(peaks) if found.total <= card.room), len(peaks) - 1)
-    fits = peaks[at].total <= card.room
-    slots = slots_beside(shape, setups[at], card.room, correction, MAX_SLOTS)
-    remedies = () if fits else tuple(_lora_remedies(spec, shape, card, longest, correction, setups[at]))
-    return Row(setups[at], peaks[at], fits, slots, remedies)
+    setups = [Setup(method="lora", tokens=tokens, targets=targets, rank=rank) for tokens in lengths]
+    setup, needed = _first_that_fits(shape, card, correction, setups)
+    fits = needed.total <= card.room
+    slots = slots_beside(shape, setup, card.room, correction, MAX_SLOTS)
+    remedies = () if fits else tuple(_lora_remedies(spec, shape, card, longest, correction, setup))
+    return Row(setup, needed, fits, slots, remedies)
+
+
+def _first_that_fits(shape: Shape, card: Card, correction: Correction, setups: Sequence[Setup]) -> tuple[Setup, Peak]:
+    """The first of several ways that fits, or the last one, with what it needs."""
+    needed = [(setup, correction.apply(peak(shape, setup))) for setup in setups]
+    return next(((setup, found) for setup, found in needed if found.total <= card.room), needed[-1])
 
 
 def _lora_remedies(
@@ -229,9 +234,8 @@ def _full(spec: Spec, shape: Shape, card: Card, longest: int, corrections: Corre
     correction = corrections.get("full", Correction())
     ways = TOGETHER if full.processes > 1 else ((MICRO_TOKENS, False),)
     setups = [full_setup(spec, full, longest, most, gathered) for most, gathered in ways]
-    peaks = [correction.apply(peak(shape, setup)) for setup in setups]
-    at = next((i for i, found in enumerate(peaks) if found.total <= card.room), len(peaks) - 1)
-    setup, needed, fits = setups[at], peaks[at], peaks[at].total <= card.room
+    setup, needed = _first_that_fits(shape, card, correction, setups)
+    fits = needed.total <= card.room
     remedies = () if fits else tuple(_full_remedies(spec, shape, card, longest, correction, full))
     return Row(setup, needed, fits, None, remedies)
 
@@ -319,6 +323,17 @@ def settle(spec: Spec, facts: Mapping[str, Any], corrections: Corrections) -> di
         "full_tokens": max(chosen.setup.tokens, MICRO_TOKENS) if chosen else None,
         "full_gathered": chosen is not None and chosen.setup.gathered,
         "memory": _line([*lora, *([chosen] if chosen else [])], card),
+    }
+
+
+def full_training(spec: Spec, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a worker's job says of full training: as the spec does, and as `settle` decided."""
+    return {
+        "optimizer": spec.full.optimizer,
+        "checkpointing": bool(facts.get("checkpointing")),
+        "full_tokens": facts.get("full_tokens"),
+        "full_gathered": bool(facts.get("full_gathered")),
+        "processes": spec.full.processes,
     }
 
 

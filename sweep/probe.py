@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from sweep import slices
 from sweep.errors import UsageError, WorkerError
+from sweep.fit import full_training
 from sweep.launchers.base import Launcher, LaunchError
 from sweep.outline import Probed, drawn_configs, prospective
 from sweep.pricing import Quote
@@ -93,11 +94,7 @@ def _job(
         slots=None if spec.machine.slots == "auto" else spec.machine.slots,
         max_rank=max(spec.search.rank),
         methods=list(spec.search.method),
-        optimizer=spec.full.optimizer,
-        checkpointing=bool(facts.get("checkpointing")),
-        full_tokens=facts.get("full_tokens"),
-        full_gathered=bool(facts.get("full_gathered")),
-        processes=spec.full.processes,
+        **full_training(spec, facts),
     )
 
 

@@ -21,6 +21,7 @@ from sweep import pricing, records, seats, slices, space, tables, triage
 from sweep.apply import apply, end_attempt, rewind
 from sweep.audit import remember
 from sweep.errors import InvariantError, WorkerError
+from sweep.fit import full_training
 from sweep.launchers.base import Launcher, LaunchError
 from sweep.projection import Projector
 from sweep.records import Study, WorkerRow
@@ -353,11 +354,7 @@ class Workers:
             metric=spec.objective.metric,
             choices=None if spec.objective.choices is None else list(spec.objective.choices),
             max_new_tokens=spec.objective.max_new_tokens,
-            optimizer=spec.full.optimizer,
-            checkpointing=bool(self.study.facts.get("checkpointing")),
-            full_tokens=self.study.facts.get("full_tokens"),
-            full_gathered=bool(self.study.facts.get("full_gathered")),
-            processes=spec.full.processes,
+            **full_training(spec, self.study.facts),
         )
 
     def _rest(self, connection: Connection, worker: WorkerRow) -> list[str]:

@@ -244,13 +244,18 @@ def test_warming_up_leaves_nothing(job: WorkerJob) -> None:
 # --- 8 bits -----------------------------------------------------------------------------------------------------------
 
 
+def hide(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Makes a package one that is not installed."""
+    for module in [m for m in sys.modules if m.split(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+
+
 @pytest.fixture(params=["bitsandbytes", "torchao"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The one library with 8-bit states that is found; torchao's step, which it compiles, runs as it is written."""
     for name in {"bitsandbytes", "torchao"} - {request.param}:
-        for module in [m for m in sys.modules if m.split(".")[0] == name]:
-            monkeypatch.delitem(sys.modules, module)
-        monkeypatch.setitem(sys.modules, name, None)
+        hide(monkeypatch, name)
     with torch.compiler.set_stance("force_eager"):
         yield str(request.param)
 
@@ -305,9 +310,7 @@ def test_a_process_that_cannot_start_is_an_error(job: WorkerJob, monkeypatch: py
 def test_eight_bits_without_a_library_are_refused(job: WorkerJob, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where neither library is installed, loading says so in one line, and what to do; where one is broken, why."""
     for name in ("bitsandbytes", "torchao"):
-        for module in [m for m in sys.modules if m.split(".")[0] == name]:
-            monkeypatch.delitem(sys.modules, module)
-        monkeypatch.setitem(sys.modules, name, None)
+        hide(monkeypatch, name)
     with pytest.raises(ModelError, match=r"needs bitsandbytes or torchao.*use optimizer: adamw") as caught:
         make(job, optimizer="adamw-8bit")
     assert "\n" not in str(caught.value)
