@@ -105,7 +105,7 @@ def predictions(setup: Setup, options: argparse.Namespace, config: TrialConfig, 
     if setup.device.type == "cuda":
         from trainers.lora.gpu import length_of
 
-        tokens = length_of(tokens, engine.micro_tokens)
+        tokens = length_of(tokens, engine.micro_tokens, processes == 1 and engine._alone.graphs)
     longest = int(max(setup.train.lengths.max(), setup.validation.lengths.max()))
     streams = {
         "predicted": (tokens, several),

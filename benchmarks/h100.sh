@@ -5,6 +5,7 @@
 #   short                                  the same at 135M with text under 40 tokens
 #   alone                                  trials in a pack against the same trials alone
 #   memory                                 predicted against measured peaks, LoRA and full
+#   attention                              a flat stream or fixed rows, and whose kernel
 #   graphs                                 evaluations and full-parameter steps with and without CUDA graphs
 #   full                                   full-parameter steps at 135M and 1.5B: tokens/s, MFU, peak memory
 #   two                                    on two GPUs: the same at 1.5B, a trial that changes its GPUs, and 8B
@@ -60,6 +61,7 @@ for part in "$@"; do
     short) packing smollm2-135m 64 65536 "4 8 16" --data short --seconds 20 ;;
     alone) step 240 benchmarks.alone --tokens 32768 --scratch "$scratch" --out "$out/alone.jsonl" ;;
     memory) step 580 benchmarks.memory --method full lora --total 350 --out "$out/memory.jsonl" ;;
+    attention) step 150 benchmarks.attention --scratch "$scratch" --out "$out/attention.jsonl" ;;
     graphs) step 240 benchmarks.graphs --data short --scratch "$scratch" --out "$out/graphs.jsonl" ;;
     full)
         for shape in smollm2-135m 1.5b; do

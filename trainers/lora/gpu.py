@@ -37,9 +37,12 @@ torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit,
 _STAGES = 3  # host buffers in turn, so that the host can lay out ahead of the device
 
 
-def length_of(tokens: int, budget: int) -> int:
-    """The length a stream of so many tokens is padded to: the budget, or 3/4, 1/2, 3/8 … of it, or what is needed."""
-    if tokens > budget:
+def length_of(tokens: int, budget: int, captured: bool) -> int:
+    """The length a stream of so many tokens is padded to.
+
+    Where each length is `captured`, they are few: the budget, or 3/4, 1/2, 3/8 … of it. Else it is what is needed.
+    """
+    if tokens > budget or not captured:
         return -(-tokens // SHORTEST) * SHORTEST
     best = budget
     for share in (3 / 4, 1 / 2):
@@ -156,7 +159,7 @@ class GpuRunner:
         """Lays the parts out on the device, in the frame of their shape."""
         laid = lay(split, parts, self._slots)
         tokens = len(laid.ids)
-        length = length_of(tokens, self.budget)
+        length = length_of(tokens, self.budget, self.graphs)
         tail = -(-(length - tokens) // self._longest)
         room = -(-(len(laid.lengths) + tail) // EXAMPLES_STEP) * EXAMPLES_STEP
         frame = self._frames.get((length, room))
