@@ -370,7 +370,7 @@ def load_engines(job: WorkerJob) -> LoadedEngines:
     """
     # Imported here: the engines import this module.
     from trainers.full.engine import FullEngine
-    from trainers.loss import verify_loss
+    from trainers.loss import compared_rows, verify_loss
     from trainers.quantised import check_quantised
     from trainers.splits import load_split
 
@@ -380,7 +380,7 @@ def load_engines(job: WorkerJob) -> LoadedEngines:
     with _timed("base model and kernels"), _compiling_ahead(job, train, validation):
         base = load_base(job.model, job.device)
         check_quantised(base.name, base.model, job.methods)
-        verify_loss(base, [train[0], train[min(1, train.rows - 1)]])
+        verify_loss(base, [train[row] for row in compared_rows(train)])
     engines: dict[str, Engine] = {}
     gpu = base.device if base.device.type == "cuda" else None
     device = "cpu" if gpu is None else torch.cuda.get_device_name(gpu)

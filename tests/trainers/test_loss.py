@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import save_model
@@ -13,9 +14,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from trainers import loss
-from trainers.loss import chunked_nll, completion_nll, flat_batch, verify_loss
+from trainers.loss import chunked_nll, compare_with_own, compared_rows, completion_nll, flat_batch, verify_loss
 from trainers.models import Base, ModelError, load_base
-from trainers.splits import Example, load_split
+from trainers.splits import Example, Split, load_split
 
 CPU = torch.device("cpu")
 
@@ -135,3 +136,40 @@ def test_base_is_frozen_and_plain(base: Base, load: Callable[[], Any]) -> None:
     assert loaded.parameters == plain.num_parameters()
     assert loaded.device == "cpu"
     assert sorted(loaded.linear_shapes) == [[32, 16, 4], [32, 32, 4], [32, 48, 4], [48, 32, 2]]
+
+
+@pytest.mark.smollm
+def test_a_few_certain_tokens_are_no_mismatch() -> None:
+    """Labels of a token or two, and completions that a model is sure of: bf16's rounding is more than 1 % of those."""
+    folder = Path(__file__).parents[2] / "models" / "smollm2-135m"
+    if not folder.is_dir():
+        pytest.skip("models/smollm2-135m is not converted")
+    base = load_base(str(folder), "cpu")
+    base.model.to(torch.bfloat16)
+
+    def row(prompt: str, completion: str) -> Example:
+        ids = [base.tokenizer(text)["input_ids"] for text in (prompt, completion)]
+        mask = [0] * len(ids[0]) + [1] * len(ids[1])
+        return Example(np.array(ids[0] + ids[1], dtype=np.int32), np.array(mask, dtype=np.uint8))
+
+    sure = [row("a b c d e f g h i j k l m n o p q", f" {x}") for x in "rr"]
+    verify_loss(base, sure)
+    nll = completion_nll(base.decoder, base.head, flat_batch(sure, CPU)).item()
+    # What rounds a logit of 16 by 0.06 may change one of the two by so much; what changes both by 0.2 is no rounding.
+    compare_with_own(base, sure, nll + 0.06)
+    with pytest.raises(ModelError, match="the model's own"):
+        compare_with_own(base, sure, nll + 0.4)
+
+
+def test_losses_are_compared_over_enough_tokens() -> None:
+    """As many rows as have 16 tokens, from two, so that they could see each other, to eight."""
+    lengths = np.full(20, 5)
+
+    def split(rows: int, completion: int) -> Split:
+        mask = np.array([[0] * (5 - completion) + [1] * completion] * rows, dtype=np.uint8)
+        return Split(np.zeros(5 * rows, dtype=np.int32), np.append(0, np.cumsum(lengths[:rows])), mask.ravel())
+
+    assert compared_rows(split(20, 4)) == [0, 1, 2, 3]
+    assert compared_rows(split(20, 1)) == list(range(8))
+    assert compared_rows(split(3, 1)) == [0, 1, 2]
+    assert compared_rows(split(1, 1)) == [0, 0]

@@ -25,7 +25,7 @@ from trainers.full.weights import Weights
 from trainers.lora.head import Targets
 from trainers.lora.runner import CpuRunner
 from trainers.lora.stream import Part, Stream
-from trainers.loss import chunked_nll, compare_with_own, completion_nll, flat_batch, token_nll
+from trainers.loss import chunked_nll, compare_with_own, compared_rows, completion_nll, flat_batch, token_nll
 from trainers.messages import Optimizer, TrialConfig
 from trainers.models import Base, ModelError
 from trainers.splits import Split, cut
@@ -294,11 +294,11 @@ class Replica:
     # --- running ----------------------------------------------------------------------------------------------------
 
     def verify(self) -> None:
-        """Compares the loss of two rows in one stream with the model's own; settles how streams are run from then on.
+        """Compares the loss of a few rows in one stream with the model's own; settles how streams are run from then on.
 
         A model whose attention is not the one that streams know runs through its own. Raises ModelError on a mismatch.
         """
-        rows = [0, min(1, self.train.rows - 1)]
+        rows = compared_rows(self.train)
         examples = [self.train[row] for row in rows]
         try:
             compare_with_own(self.base, examples, float(self.losses(self.train, rows).sum()))

@@ -33,7 +33,7 @@ from trainers.lora.models import find_groups
 from trainers.lora.packing import Batch
 from trainers.lora.runner import CpuRunner, Runner
 from trainers.lora.stream import Part
-from trainers.loss import compare_with_own
+from trainers.loss import compare_with_own, compared_rows
 from trainers.messages import FailureCode, Targets, TrialConfig
 from trainers.models import Base, ModelError, one_line, target_modules
 from trainers.splits import Split, batches, cut
@@ -117,8 +117,8 @@ class LoraEngine:
 
     @torch.no_grad()
     def _verify(self) -> None:
-        """Compares the loss of two examples in one stream with the model's own. Raises ModelError on a mismatch."""
-        rows = [0, min(1, self.train.rows - 1)]
+        """Compares the loss of a few examples in one stream with the model's own. Raises ModelError on a mismatch."""
+        rows = compared_rows(self.train)
         try:
             with self._at_work():
                 ours = float(self._nll(self.train, Part(self.slots, None, rows, rows, 0, 1.0)))

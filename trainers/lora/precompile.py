@@ -87,7 +87,9 @@ def expected(slots: int | None, max_rank: int, longest: int) -> list[Launches]:
         doubling = [probe.SHORTEST << n for n in range((probe.LONGEST // probe.SHORTEST).bit_length())]
         found.append(Launches(1, RANK_STEP, doubling, longest, False, target))
         slots, tokens = probe.MOST_SLOTS, probe.LONGEST
-    lengths = sorted({length_of(size, tokens, captured=True) for size in range(SHORTEST, tokens + 1, TILE)}, reverse=True)
+    lengths = sorted(
+        {length_of(size, tokens, captured=True) for size in range(SHORTEST, tokens + 1, TILE)}, reverse=True
+    )
     return [*found, Launches(slots, max_rank, lengths, longest, False, target)]
 
 
