@@ -62,6 +62,12 @@ class Engine(Protocol):
 
     slots: int
 
+    def prepare(self, config: TrialConfig, checkpoint: Path | None) -> Callable[[], None] | None:
+        """What makes ready, in any thread and while others train, what `admit` of the same two needs; None: nothing.
+
+        It raises nothing: what it met, `admit` meets again, and says. The slot is not taken before.
+        """
+
     def admit(self, config: TrialConfig, checkpoint: Path | None, until_tokens: int | None) -> Position:
         """Puts the trial in a slot, from its checkpoint or fresh. Raises TrialFailed."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,18 +76,27 @@ class LiveTrial:
         """Returns the fields that every TrialEvent has."""
         return {"trial": self.number, "attempt": self.attempt, "step": self.at.step, "tokens": self.at.tokens}
 
+    def forget_later_checkpoints(self) -> None:
+        """Removes checkpoints that a life which ended unheard left: as the newest they would push out good ones."""
+        for path in self.folder.glob("ckpt-*"):
+            if int(path.name.removeprefix("ckpt-")) > self.at.step:
+                shutil.rmtree(path)
 
-def refused(
-    command: Admit, engines: Mapping[str, Engine], trials: Mapping[int, LiveTrial], present: Method | None
-) -> str | None:
-    """Why a worker that trains `trials` by the `present` method can't take another one in; None if it can."""
+
+def nowhere(command: Admit) -> dict[str, Any]:
+    """The fields that every TrialEvent has, of a trial that did not come in."""
+    return {"trial": command.config.number, "attempt": command.attempt, "step": 0, "tokens": 0}
+
+
+def refused(command: Admit, engines: Mapping[str, Engine], trials: int, present: Method | None) -> str | None:
+    """Why a worker that has so many trials of the `present` method can't take another one in; None if it can."""
     method = command.config.method
     engine = engines.get(method)
     if engine is None:
         return f"this worker has no engine for {method} training"
     if trials and method != present:
         return f"this worker trains {present} trials; {method} must wait until its slots are free"
-    if len(trials) >= engine.slots:
+    if trials >= engine.slots:
         return f"all {engine.slots} slots are taken"
     if command.resume is not None and not Path(command.resume).is_dir():
         return f"there is no checkpoint at {command.resume}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from trainers.engine import Engine
 from trainers.judging import Examiner
-from trainers.messages import WorkerJob
+from trainers.messages import Method, WorkerJob
 
 RemoveOlder = Callable[[Path, int], None]
 
@@ -34,6 +35,17 @@ class LoadedEngines(Protocol):
 
     def make_room(self, method: str) -> None:
         """Before trials of a method come to a device that other engines keep some of."""
+
+
+def any_method(engines: Mapping[str, Engine]) -> Method:
+    """Of the engines', the one that what concerns the base model alone goes through."""
+    return "lora" if "lora" in engines else "full"
+
+
+def occupancy(engines: Mapping[str, Engine]) -> float | None:
+    """The packed engine's; None where it has trained nothing, or is not there."""
+    share = engines["lora"].occupancy() if "lora" in engines else math.nan
+    return None if math.isnan(share) else share
 
 
 def load(job: WorkerJob) -> tuple[LoadedEngines, Examiner, RemoveOlder]:

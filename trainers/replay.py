@@ -176,6 +176,10 @@ class ReplayEngine:
         self._script = script
         self._trials: dict[int, _Slot] = {}
 
+    def prepare(self, config: TrialConfig, checkpoint: Path | None) -> Callable[[], None] | None:
+        """See Engine: nothing."""
+        return None
+
     def admit(self, config: TrialConfig, checkpoint: Path | None, until_tokens: int | None) -> Position:
         """See Engine."""
         step = 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -20,11 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainers import peak, processes
+from trainers.arriving import Arrivals
 from trainers.engine import Engine, TrialFailed
 from trainers.inbox import Inbox
 from trainers.judging import Judge
-from trainers.live import LiveTrial, refused
-from trainers.loading import LoadedEngines, RemoveOlder, load
+from trainers.live import LiveTrial, nowhere, refused
+from trainers.loading import LoadedEngines, RemoveOlder, any_method, load, occupancy
 from trainers.messages import (
     Admit,
     Admitted,
@@ -92,8 +92,9 @@ class Worker:
         self._trained_ns = 0  # metered time in which anything trained
         self._stretch: Stretch | None = None  # the present one
         self._progress_mark_ns = 0
-        # On a file's meter nothing may vary, so nothing is written beside training.
+        # On a file's meter nothing may vary, so nothing is read or written beside training.
         self._saver = Saver(meter, self._trials, _FIRST_GUESS_MS, background=job.timings is None)
+        self._arrivals = Arrivals(background=job.timings is None)
         self._step_ns = 0
         self._step_mark_ns = 0
 
@@ -116,7 +117,7 @@ class Worker:
     def _load(self) -> None:
         self._loaded, examiner, self._remove_older = load(self._job)
         self._judge = Judge(examiner, self._meter, self._job.rung_rows)
-        self._meter.work("load", self._any_method(), 0)
+        self._meter.work("load", any_method(self._loaded.engines), 0)
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_terminated", True))
         self._emit(
             Ready,
@@ -138,6 +139,8 @@ class Worker:
         """Obeys what has come and does the next piece of work, or waits a moment; returns why it is time to end."""
         self._saver.collect()
         self._obey()
+        for command in self._arrivals.take():
+            self._admit(command)
         if reason := self._reason_to_end():
             return reason
         ready = [trial for trial in self._trials.values() if not trial.standing and trial.arrived()]
@@ -147,7 +150,7 @@ class Worker:
             self._conclude(ready[0])
         elif not self._out_of_time() and any(not (t.standing or t.arrived()) for t in self._trials.values()):
             self._train()
-        elif self._saver.busy:
+        elif self._saver.busy or len(self._arrivals):
             with self._meter.on("checkpoint"):
                 self._inbox.waiting(_SAVING_S)
         else:
@@ -159,9 +162,6 @@ class Worker:
     def _engine(self) -> Engine:
         assert self._method is not None
         return self._loaded.engines[self._method]
-
-    def _any_method(self) -> Method:
-        return "lora" if "lora" in self._loaded.engines else "full"
 
     # --- time -------------------------------------------------------------------------------------------------------
 
@@ -218,6 +218,8 @@ class Worker:
             except MessageError as error:
                 sys.stderr.write(f"ignored a command: {error}\n")
                 continue
+            if isinstance(command, Continue | Pause | Drop) and command.trial in self._arrivals:
+                self._admit(*self._arrivals.take(command.trial))
             match command:
                 case Slice():
                     self._paid_ms, self._work_ms = command.paid_ms, command.work_ms
@@ -225,12 +227,12 @@ class Worker:
                 case Stop():
                     self._stop = True
                 case EvaluateBase():
-                    method = self._method or self._any_method()
+                    method = self._method or any_method(self._loaded.engines)
                     self._emit(BaseEvaluated, **self._judge.base(self._loaded.engines[method], method))
                 case ExamineBase():
                     self._examine_base = True
                 case Admit():
-                    self._admit(command)
+                    self._welcome(command)
                 case Continue():
                     self._go_on(command)
                 case Pause() if command.trial in self._trials:
@@ -243,21 +245,27 @@ class Worker:
         if lines:
             self._heard_s = time.monotonic()
 
-    def _admit(self, command: Admit) -> None:
+    def _welcome(self, command: Admit) -> None:
+        """Takes a trial in, at once or as soon as what it needs is made ready."""
         config = command.config
-        if config.number in self._trials:
+        if config.number in self._trials or config.number in self._arrivals:
             return
-        nowhere = {"trial": config.number, "attempt": command.attempt, "step": 0, "tokens": 0}
-        if refusal := refused(command, self._loaded.engines, self._trials, self._method):
-            self._emit(Failed, **nowhere, code="error", message=refusal)
+        present = len(self._trials) + len(self._arrivals)
+        if refusal := refused(command, self._loaded.engines, present, self._method):
+            self._emit(Failed, **nowhere(command), code="error", message=refusal)
             return
         self._saver.collect(config.number, wait=True)  # of its last stay here, which it was dropped from
-        resume = Path(command.resume) if command.resume is not None else None
-        folder = Path(command.folder)
-        folder.mkdir(parents=True, exist_ok=True)
         if config.method != self._method:
             self._loaded.make_room(config.method)
         self._method = config.method
+        if not self._arrivals.begin(self._engine(), command):
+            self._admit(command)
+
+    def _admit(self, command: Admit) -> None:
+        config = command.config
+        resume = Path(command.resume) if command.resume is not None else None
+        folder = Path(command.folder)
+        folder.mkdir(parents=True, exist_ok=True)
         if not self._trials:
             peak.take_bytes(self._loaded.engines, self._method)  # of whoever left in between
         started_ns = self._meter.now_ns()
@@ -267,7 +275,7 @@ class Worker:
                 if resume:
                     self._meter.work("restore", config.method, 0)
         except TrialFailed as error:
-            self._emit(Failed, **nowhere, code=error.code, message=str(error))
+            self._emit(Failed, **nowhere(command), code=error.code, message=str(error))
             return
         trial = LiveTrial(
             config, command.attempt, folder, at, command.until_tokens, command.examine, shown_step=at.step
@@ -275,14 +283,8 @@ class Worker:
         trial.saved, trial.saved_step = command.resume, at.step if resume else -1
         trial.saved_mark_ns = self._trained_ns
         self._trials[config.number] = trial
-        self._forget_later_checkpoints(trial)
+        trial.forget_later_checkpoints()
         self._emit(Admitted, **trial.place(), restore_ms=self._since_ms(started_ns) if resume else 0)
-
-    def _forget_later_checkpoints(self, trial: LiveTrial) -> None:
-        """Removes checkpoints that a life which ended unheard left: as the newest they would push out good ones."""
-        for path in trial.folder.glob("ckpt-*"):
-            if int(path.name.removeprefix("ckpt-")) > trial.at.step:
-                shutil.rmtree(path)
 
     def _go_on(self, command: Continue) -> None:
         trial = self._trials.get(command.trial)
@@ -332,6 +334,7 @@ class Worker:
             or self._out_of_time()
             or any(self._checkpoint_due(trial) for trial in self._trials.values())
             or self._saver.waiting
+            or self._arrivals.waiting
             or self._inbox.waiting()
         )
 
@@ -396,7 +399,7 @@ class Worker:
                 write_ms=write_ms,
                 peak_bytes=peak_bytes,
                 width=trial.width,
-                occupancy=self._occupancy(),
+                occupancy=occupancy(self._loaded.engines),
             )
             trial.begin_again()
             self._remove_older(trial.folder, _KEEP_CHECKPOINTS)
@@ -411,7 +414,7 @@ class Worker:
         self._examine_base = False
         for trial in self._trials.values():
             self._save_between(trial)
-        method = self._method or self._any_method()
+        method = self._method or any_method(self._loaded.engines)
         self._emit(BaseExamined, **self._judge.base_scores(self._loaded.engines[method], method))
 
     # --- leaving ----------------------------------------------------------------------------------------------------
@@ -463,14 +466,8 @@ class Worker:
         for trial in list(self._trials.values()):
             self._save_between(trial)
         self._saver.collect(wait=True)
-        self._emit(Ended, reason=reason, occupancy=self._occupancy())
+        self._emit(Ended, reason=reason, occupancy=occupancy(self._loaded.engines))
         return 0
-
-    def _occupancy(self) -> float | None:
-        """The packed engine's; None where it has trained nothing, or is not there."""
-        lora = self._loaded.engines.get("lora")
-        share = math.nan if lora is None else lora.occupancy()
-        return None if math.isnan(share) else share
 
     def _since_ms(self, started_ns: int) -> int:
         return (self._meter.now_ns() - started_ns) // _NS_PER_MS

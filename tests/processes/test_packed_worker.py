@@ -95,3 +95,30 @@ def test_four_at_once_are_as_if_alone(make_bench: Callable[..., Bench], prepared
         measured = sum(e.train_ms + e.evaluate_ms for e in found.values() if e.trial == number)
         assert abs(usage[f"trial:{number}"] - measured) < 25
     assert sum(usage.get(f"trial:{number}", 0) for number in BAD) < sum(usage[f"trial:{number}"] for number in MIXED)
+
+
+def test_who_arrives_beside_training_can_be_sent_away(make_bench: Callable[..., Bench], prepared: Path) -> None:
+    """Commands for a trial that is being made ready wait for it; the slots that such trials will take count as taken.
+
+    A checkpoint that can't be read is told as a failure of that trial, and the others train on.
+    """
+    bench = make_bench()
+    start(bench, prepared, 3)
+    bench.admit(0, examples=EXAMPLES, **MIXED[0])
+    bench.wait_event("admitted")
+    damaged = bench.root / "damaged"
+    damaged.mkdir()
+    (damaged / "state.json").write_text("{}")
+    bench.admit(1, examples=EXAMPLES, **MIXED[1])
+    bench.launcher.send(bench.folder, Drop(fence=1, trial=1))
+    bench.admit(2, examples=EXAMPLES, resume=str(damaged), **MIXED[2])
+    assert bench.wait_event("dropped").trial == 1
+    failed = bench.wait_event("failed")
+    assert (failed.trial, failed.code) == (2, "error") and "is no checkpoint" in failed.message
+    for number in (3, 4, 5):
+        bench.admit(number, examples=100 * EXAMPLES, **MIXED[3])
+    refused = bench.wait_event("failed", 2)
+    assert (refused.trial, refused.message) == (5, "all 3 slots are taken")
+    bench.wait_event("admitted", 4)
+    assert [e.trial for e in bench.events if e.type == "admitted"][:2] == [0, 1]
+    assert end(bench).exit_code == 0

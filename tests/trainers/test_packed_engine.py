@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -219,3 +220,45 @@ def test_a_snapshot_is_of_its_moment(make: Make, tmp_path: Path) -> None:
         then, moved, stood, now = (load_file(tmp_path / folder / name) for folder in ("then", "moving", "still", "now"))
         assert all(torch.equal(then[key], moved[key]) and torch.equal(then[key], stood[key]) for key in then)
         assert any(not torch.equal(then[key], now[key]) for key in then)
+
+
+def test_a_trial_made_ready_by_a_thread_is_the_same(make: Make, tmp_path: Path) -> None:
+    """Fresh and from its checkpoint: what a thread prepared beside training, and what nobody did, are equal to the bit.
+
+    What can't be read is no error of the thread's: admission says it, as it does when nothing was prepared.
+    """
+    found = []
+    for threads in (False, True):
+        engine, folder = make(3), tmp_path / f"{threads}"
+
+        def come(config: TrialConfig, checkpoint: Path | None, engine: Any = engine, threads: bool = threads) -> None:
+            if threads:
+                worker = threading.Thread(target=engine.prepare(config, checkpoint))
+                worker.start()
+                engine.advance(lambda: True)
+                worker.join()
+                assert (config, checkpoint) in engine._ready
+            engine.admit(config, checkpoint, None)
+            assert not engine._ready
+
+        engine.admit(TRIALS[0], None, None)
+        come(TRIALS[3], None)
+        for _ in range(3):
+            engine.advance(lambda: True)
+        engine.checkpoint(TRIALS[3].number, folder / "ckpt")
+        engine.drop(TRIALS[3].number)
+        come(TRIALS[3], folder / "ckpt")
+        curve(engine, TRIALS[3].number, 5)
+        engine.checkpoint(TRIALS[3].number, folder / "end")
+        found.append({file.name: load_file(file) for file in sorted((folder / "end").glob("*.safetensors"))})
+        if threads:
+            (folder / "ckpt" / "optimizer.safetensors").write_bytes(b"no")
+            other = dataclasses.replace(TRIALS[3], number=TRIALS[3].number)
+            engine.drop(other.number)
+            engine.prepare(other, folder / "ckpt")()
+            with pytest.raises(TrialFailed, match="cannot be read"):
+                engine.admit(other, folder / "ckpt", None)
+    usual, prepared = found
+    assert usual.keys() == prepared.keys() and len(usual) == 2
+    for name, tensors in usual.items():
+        assert all(torch.equal(tensor, prepared[name][key]) for key, tensor in tensors.items())

@@ -140,6 +140,10 @@ class FullEngine:
 
     # --- coming and going -------------------------------------------------------------------------------------------
 
+    def prepare(self, config: TrialConfig, checkpoint: Path | None) -> Callable[[], None] | None:
+        """Nothing: there is nobody to train meanwhile."""
+        return None
+
     def admit(self, config: TrialConfig, checkpoint: Path | None, until_tokens: int | None) -> Position:
         """Puts the trial in the slot. Raises TrialFailed; RuntimeError where the slot or the base model is taken."""
         if self.base.busy:

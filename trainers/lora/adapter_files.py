@@ -9,8 +9,16 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from trainers.checkpoints import MOMENTS, OPTIMIZER, CheckpointError, load_tensors, save_tensors
-from trainers.lora.bank import Slot
+from trainers.checkpoints import (
+    MOMENTS,
+    OPTIMIZER,
+    CheckpointError,
+    State,
+    load_tensors,
+    read_state,
+    save_tensors,
+)
+from trainers.lora.bank import Layout, Slot, check, initial
 from trainers.messages import TrialConfig
 
 ADAPTER = "adapter_model.safetensors"
@@ -98,9 +106,9 @@ def write_adapter(folder: Path, slot: Slot, name: str, endings: list[str], buffe
     config.save_pretrained(str(folder))
 
 
-def _entry(slot: Slot, name: str) -> str:
+def _entry(config: TrialConfig, name: str) -> str:
     """What a buffer is called in a file: it says of which adapter it is, which its size alone does not."""
-    return f"{slot.config.targets}.r{slot.rank}.{name}"
+    return f"{config.targets}.r{config.rank}.{name}"
 
 
 def write_state_of(folder: Path, slot: Slot, buffers: Buffers) -> None:
@@ -110,23 +118,45 @@ def write_state_of(folder: Path, slot: Slot, buffers: Buffers) -> None:
     to copy. The buffer's layout follows from model, targets and rank (trainers/lora/bank.py).
     """
     tensors = {WEIGHTS: buffers.weights, **buffers.moments}
-    save_tensors(folder / OPTIMIZER, {_entry(slot, name): tensor for name, tensor in tensors.items()})
+    save_tensors(folder / OPTIMIZER, {_entry(slot.config, name): tensor for name, tensor in tensors.items()})
 
 
-def read_state_of(folder: Path, slot: Slot, step: int) -> None:
-    """Fills a slot, and its optimizer after `step` steps. Raises CheckpointError where they are of another adapter."""
-    tensors = load_tensors(folder / OPTIMIZER)
-    names = (WEIGHTS, *(MOMENTS if step else ()))
-    expected = {_entry(slot, name): slot.weights.shape for name in names}
-    if {entry: tensor.shape for entry, tensor in tensors.items()} != expected:
-        raise CheckpointError(f"{folder / OPTIMIZER}: is of an adapter of other modules or rank")
-    weights, *moments = (tensors[_entry(slot, name)] for name in names)
-    slot.put(weights)
-    if moments:
+@dataclass(frozen=True)
+class Content:
+    """What a trial's slot is to be filled with, on the host, and how far the trial is."""
+
+    state: State
+    weights: torch.Tensor
+    moments: dict[str, torch.Tensor]  # none before the first step
+
+
+def content_of(config: TrialConfig, layout: Layout, rows: int, checkpoint: Path | None) -> Content:
+    """Makes a fresh trial's content, or reads it, in any thread; `rows` is how many there are to train on.
+
+    Raises CheckpointError where the checkpoint is of another trial or other data, ValueError for a configuration that
+    is none.
+    """
+    if checkpoint is None:
+        return Content(State(config, 0, 0, rows), initial(config, layout), {})
+    check(config, layout)
+    state = read_state(checkpoint, config, rows)
+    # Copied: what safetensors loads may be a view of the file, which is read when somebody looks, and AdamW writes.
+    tensors = {entry: tensor.clone() for entry, tensor in load_tensors(checkpoint / OPTIMIZER).items()}
+    names = (WEIGHTS, *(MOMENTS if state.step else ()))
+    assert config.targets is not None and config.rank is not None
+    shape = torch.Size([layout.elements(config.targets, config.rank)])
+    if {entry: tensor.shape for entry, tensor in tensors.items()} != {_entry(config, name): shape for name in names}:
+        raise CheckpointError(f"{checkpoint / OPTIMIZER}: is of an adapter of other modules or rank")
+    found = {name: tensors[_entry(config, name)] for name in names}
+    return Content(state, found.pop(WEIGHTS), found)
+
+
+def fill(slot: Slot, content: Content) -> None:
+    """Puts the content into the trial's slot and its optimizer."""
+    slot.put(content.weights)
+    if content.moments:
         device, dtype = slot.weights.device, slot.weights.dtype
-        # Copied: what safetensors loads may be a view of the file, and AdamW writes into its moments.
-        there = (moment.to(device, dtype, copy=True) for moment in moments)
         slot.optimizer.state[slot.weights] = {
-            "step": torch.tensor(float(step), device=device),
-            **dict(zip(MOMENTS, there, strict=True)),
+            "step": torch.tensor(float(content.state.step), device=device),
+            **{name: moment.to(device, dtype) for name, moment in content.moments.items()},
         }

@@ -137,11 +137,9 @@ class Slot:
 
     @classmethod
     def empty(cls, config: TrialConfig, layout: Layout, dtype: torch.dtype, device: torch.device) -> Slot:
-        """Allocates a trial's buffers; its weights are zero. Raises ValueError without rank, alpha or targets."""
-        if config.rank is None or config.alpha is None or config.targets is None:
-            raise ValueError(f"trial {config.number}: LoRA needs rank and alpha, and targets")
-        if not any(layout.sizes[kind] for kind in layout.kinds(config.targets)):
-            raise ValueError(f"trial {config.number}: the model has no linear layers for targets {config.targets}")
+        """Allocates a trial's buffers; its weights are zero. Raises ValueError as `check`."""
+        check(config, layout)
+        assert config.targets is not None and config.rank is not None
         compute = torch.bfloat16 if dtype == torch.bfloat16 else dtype
         masters = torch.float32 if compute == torch.bfloat16 else compute
         weights = nn.Parameter(torch.zeros(layout.elements(config.targets, config.rank), dtype=masters, device=device))
@@ -157,7 +155,7 @@ class Slot:
     def fresh(cls, config: TrialConfig, layout: Layout, dtype: torch.dtype, device: torch.device) -> Slot:
         """A trial's buffers with PEFT's initial values. Raises ValueError as `empty` does."""
         slot = cls.empty(config, layout, dtype, device)
-        slot.put(slot.initial())
+        slot.put(initial(config, layout))
         return slot
 
     @property
@@ -204,23 +202,7 @@ class Slot:
 
         `buffer` is one of the slot's, or laid out as they are, from the start of its storage.
         """
-        assert self.config.targets is not None
-        for place in self.layout.places(self.config.targets, self.rank):
-            first = buffer.as_strided((self.rank, place.inputs), (place.inputs, 1), place.first)
-            second = buffer.as_strided((place.outputs, self.rank), (1, place.outputs), place.second)
-            yield place.name, first, second
-
-    def initial(self) -> torch.Tensor:
-        """The initial weights, on the host: A is random, B is zero.
-
-        The distribution is PEFT's own, Kaiming-uniform with a = sqrt(5). The numbers come from one fp32 CPU generator
-        over the linears in the model's order, so they depend on nothing that ran before, and on no device or width.
-        """
-        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, INITIALISATION))
-        weights = torch.zeros(self.weights.shape, dtype=torch.float32)
-        for _, first, _ in self.pairs(weights):
-            nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)
-        return weights
+        return pairs(self.config, self.layout, buffer)
 
     @torch.no_grad()
     def put(self, weights: torch.Tensor) -> None:
@@ -233,3 +215,37 @@ class Slot:
         """Rounds the weights into the copy that is computed with."""
         if self.copy.dtype != self.weights.dtype:
             self.copy.copy_(self.weights)
+
+
+def check(config: TrialConfig, layout: Layout) -> None:
+    """Raises ValueError without rank, alpha or targets, and where the model has nothing that these mean."""
+    if config.rank is None or config.alpha is None or config.targets is None:
+        raise ValueError(f"trial {config.number}: LoRA needs rank and alpha, and targets")
+    if not any(layout.sizes[kind] for kind in layout.kinds(config.targets)):
+        raise ValueError(f"trial {config.number}: the model has no linear layers for targets {config.targets}")
+
+
+def pairs(
+    config: TrialConfig, layout: Layout, buffer: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """The parts of a trial's buffer, as `Slot.pairs`."""
+    assert config.targets is not None and config.rank is not None
+    for place in layout.places(config.targets, config.rank):
+        first = buffer.as_strided((config.rank, place.inputs), (place.inputs, 1), place.first)
+        second = buffer.as_strided((place.outputs, config.rank), (1, place.outputs), place.second)
+        yield place.name, first, second
+
+
+def initial(config: TrialConfig, layout: Layout) -> torch.Tensor:
+    """A trial's initial weights, on the host: A is random, B is zero. From any thread. Raises ValueError as `check`.
+
+    The distribution is PEFT's own, Kaiming-uniform with a = sqrt(5). The numbers come from one fp32 CPU generator over
+    the linears in the model's order, so they depend on nothing that ran before, and on no device or width.
+    """
+    check(config, layout)
+    assert config.targets is not None and config.rank is not None
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, INITIALISATION))
+    weights = torch.zeros(layout.elements(config.targets, config.rank), dtype=torch.float32)
+    for _, first, _ in pairs(config, layout, weights):
+        nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)
+    return weights

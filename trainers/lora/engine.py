@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from trainers.checkpoints import CheckpointError, State, holds, read_state, write_folder, write_state
+from trainers.checkpoints import CheckpointError, State, holds, write_folder, write_state
 from trainers.engine import Evaluation, Kept, Position, TrialFailed
 from trainers.generation import greedy
 from trainers.health import Health
@@ -87,6 +87,7 @@ class LoraEngine:
         self._layout = Layout(groups)
         self._packed = [PackedGroup(group) for group in groups]
         self._trials: dict[int, Live] = {}
+        self._ready: dict[tuple[TrialConfig, Path | None], adapter_files.Content] = {}
         self._reports: deque[_Report] = deque()
         self._failures: list[TrialFailed] = []
         self._known_endings: dict[Targets, list[str]] = {}
@@ -155,17 +156,26 @@ class LoraEngine:
     def _build(self, config: TrialConfig, index: int, checkpoint: Path | None) -> Live:
         if config.examples < 1 or config.batch_size < 1:
             raise ValueError(f"examples {config.examples} and batch_size {config.batch_size} must be at least 1")
-        rows = self.train.rows
-        state = State(config, 0, 0, rows) if checkpoint is None else read_state(checkpoint, config, rows)
-        make = Slot.fresh if checkpoint is None else Slot.empty
-        slot = make(config, self._layout, self.base.model.dtype, self.base.device)
-        if checkpoint is not None:
-            adapter_files.read_state_of(checkpoint, slot, state.step)
-        plan = batches(config, rows)
+        content = self._ready.pop((config, checkpoint), None)
+        if content is None:
+            content = adapter_files.content_of(config, self._layout, self.train.rows, checkpoint)
+        slot = Slot.empty(config, self._layout, self.base.model.dtype, self.base.device)
+        adapter_files.fill(slot, content)
+        state, plan = content.state, batches(config, self.train.rows)
         health = Health(len(plan), resumed=state.step > 0)
         return Live(
             config=config, index=index, slot=slot, batches=plan, health=health, step=state.step, tokens=state.tokens
         )
+
+    def prepare(self, config: TrialConfig, checkpoint: Path | None) -> Callable[[], None] | None:
+        """What makes ready, in any thread, all that `admit` needs of the host. What it can't, `admit` will say."""
+
+        def work() -> None:
+            with suppress(CheckpointError, OSError, SafetensorError, ValueError):
+                content = adapter_files.content_of(config, self._layout, self.train.rows, checkpoint)
+                self._ready[config, checkpoint] = content
+
+        return work if self.slots > 1 else None
 
     def target(self, trial: int, until_tokens: int | None) -> None:
         """Sets where the trial stands still next; None is its end."""
