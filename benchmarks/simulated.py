@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.tables import SPACE, Row, Run, Table, choose_seed
+from benchmarks.tables import SPACE, Row, Run, Table, choose_seed, cooldown_steps
 from trainers.engine import Engine, Evaluation, Kept, Position, TrialFailed
 from trainers.judging import Examination, Judge, Judgement, Measured
 from trainers.messages import Command, Event, Progress, Ready, TrialConfig, UsageRecord, WorkerJob
@@ -77,6 +77,7 @@ class TableEngine:
         self._seed = seed
         self._rows = {_key(row.config): row for row in table.rows}
         self._trials: dict[int, _Slot] = {}
+        self.copied_tokens = 0.0  # that the copy was trained on which was evaluated last (benchmarks/branches.py)
 
     def row(self, config: TrialConfig) -> Row:
         """The configuration's row. Raises TrialFailed."""
@@ -130,10 +131,13 @@ class TableEngine:
 
     def evaluate(self, trial: int | None, rows: int | None) -> Evaluation:
         """See Engine. Rungs and ends are judged on the same rows, as they were recorded."""
-        loss = self._table.base_loss
+        loss, self.copied_tokens = self._table.base_loss, 0.0
         if trial is not None:
             slot = self._trials[trial]
             loss = self._table.loss(slot.run, slot.share)
+            before = slot.share - 1 / slot.steps
+            if any(before < share <= slot.share for share in self._table.facts.get("branches", ())):
+                self.copied_tokens = slot.tokens_at(cooldown_steps(slot.step))
         count = VALIDATION_TOKENS
         return Evaluation(
             rung_nll=loss * count, rung_tokens=count, nll=loss * count, completion_tokens=count, input_tokens=count
@@ -171,8 +175,9 @@ def _key(config: dict[str, Any]) -> tuple[Any, ...]:
 class _TableMeter(Meter):
     """A meter on recorded seconds, which differ by configuration: the cost centre says whose work it is."""
 
-    def __init__(self, timings: Timings) -> None:
+    def __init__(self, timings: Timings, engine: TableEngine) -> None:
         super().__init__(None, timings)
+        self._engine = engine
         self.rows: dict[str, Row] = {}  # by cost centre
 
     def wait_until(self, ms: int) -> None:
@@ -185,7 +190,8 @@ class _TableMeter(Meter):
         if row is None or kind not in ("train", "evaluate"):
             super().work(kind, method, tokens)
         else:
-            seconds = row.evaluate_seconds if kind == "evaluate" else row.seconds_per_token * tokens
+            copied = self._engine.copied_tokens if kind == "evaluate" else tokens
+            seconds = row.seconds_per_token * copied + (row.evaluate_seconds if kind == "evaluate" else 0.0)
             self._worked_ns += round(seconds * 1e9)
 
 
@@ -319,7 +325,7 @@ class SimulatedLauncher:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "watchdog.json").touch()
         engine = TableEngine(self._table, self._seed, self._slots)
-        worker = _Worker(job, engine, _TableMeter(self._timings))
+        worker = _Worker(job, engine, _TableMeter(self._timings, engine))
         self._workers[folder] = worker
         worker.load()
 

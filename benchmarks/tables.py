@@ -39,6 +39,7 @@ SHARES = (
     *(0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5),
     *(0.6, 0.7, 0.8, 0.9, 0.95, 1),
 )
+COOLDOWN, LEAST = 0.2, 6  # share of the steps, and how many at least, over which a rate decays (benchmarks/branches.py)
 BEST_SHARE = 0.02  # of the configurations: the goal of a search
 RUN_SECONDS = 600.0  # that a whole run is made to last in replays: starts would be most of what recorded seconds cost
 RATE_WEIGHT = 4.0  # of the learning rate in the distance between configurations (Pool)
@@ -62,6 +63,11 @@ _SCHEMA = pa.schema(
         ("peak_bytes", pa.int64()),
     ]
 )
+
+
+def cooldown_steps(step: int) -> int:
+    """How many steps a copy that leaves a trial after so many is trained on."""
+    return max(LEAST, math.ceil(COOLDOWN * step))
 
 
 class TableError(Exception):

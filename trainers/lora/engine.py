@@ -306,7 +306,7 @@ class LoraEngine:
             figures.append(torch.stack((self._sums[live.index], norm.double())))
             # As torch's clip_grad_norm_. A NaN stays one: the trial is given up when its figures arrive.
             gradient.mul_(torch.clamp(live.config.clip_norm / (norm + 1e-6), max=1.0))
-            live.slot.optimizer.param_groups[0]["lr"] = rate(live.config, live.step, len(live.batches))
+            live.slot.optimizer.param_groups[0]["lr"] = self._rate(live)
             live.slot.optimizer.step()
             gradient.zero_()
             live.slot.refresh()
@@ -322,6 +322,9 @@ class LoraEngine:
             arrived = torch.cuda.Event()
             arrived.record()
         self._reports.append(_Report([(live, live.step) for live in complete], stacked, arrived))
+
+    def _rate(self, live: Live) -> float:
+        return rate(live.config, live.step, len(live.batches))
 
     def _settle(self, ahead: int) -> None:
         """Reads the figures of all but the last `ahead` reports, and judges the trials by them."""
