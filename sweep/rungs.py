@@ -96,6 +96,7 @@ WIDE = 32  # configurations that a search should see, if its money allows
 BRACKETS = 3
 DERIVED = ("auto", "halving")  # shares that follow from money and speed
 FIRST_STEPS, APART = 3, 4  # where a model of the curves decides: steps of a first rung, and how far rungs are apart
+EXPECTED = 3  # one in so many is expected to go on from a rung then; of five tables, 0.4, 0.7 and 0.6 did (docs/log.md)
 
 
 @dataclass(frozen=True)
