@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import record, tables, tasks
+from benchmarks import branches, record, tables, tasks
 from tests.trainers.tiny import save_model
 from trainers.data import prepare
 from trainers.lora.engine import LoraEngine
@@ -124,3 +125,32 @@ def test_the_tasks_name_their_answers() -> None:
     assert len(rows) == 2000 and {row["completion"] for row in rows} == {" noun", " verb", " adjective", " adverb"}
     assert rows[0]["prompt"] == "build on: be based on; of theories and claims, for example\nPart of speech:"
     assert tasks.rows_of("sums")[0]["completion"].strip().lstrip("-").isdigit()
+
+
+def test_a_copy_decays_and_changes_nobody(place: Path) -> None:
+    """A trial whose copy trains beside it learns what it learns alone, to the bit; the copy's rate falls to nothing."""
+    train, validation = (load_split(place / "speech", name) for name in ("train", "validation"))
+    config = TrialConfig(
+        number=0, method="lora", learning_rate=1e-2, batch_size=1, examples=40, seed=0, rank=4, alpha=8.0,
+        targets="all-linear",
+    )  # fmt: skip
+    found = []
+    for copied in (False, True):
+        engine = branches.Branching(load_base(str(place / "model"), "cpu"), train, validation, 4, None, slots=2)
+        engine.admit(config, None, None)
+        for _ in range(10):
+            engine.advance(lambda: True)
+        if copied:
+            copy = engine._of(engine.branch(0))
+            rates = []
+            while not copy.position.done:
+                rates.append(engine._rate(copy) / config.learning_rate)
+                engine.advance(lambda: True)
+            assert len(rates) == tables.cooldown_steps(10) == 6
+            assert rates == pytest.approx([6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+            engine.drop(branches.COPY)
+        while not engine.position(0).done:
+            engine.advance(lambda: True)
+        found.append(engine._of(0).slot.weights.detach().clone())
+        assert engine._rate(engine._of(0)) == 0.0
+    assert torch.equal(*found)
