@@ -17,6 +17,7 @@ from trainers.meter import Meter
 from trainers.metrics import MetricError
 
 _NS_PER_MS = 1_000_000
+_DECAY = 0.9  # of the longest that judging took, with every one that takes less
 _RUNG = "rung"  # the kind of a judgement before a trial's end
 
 
@@ -82,7 +83,7 @@ class Judge:
         self._longest_ms: dict[str, int] = {}  # by what was done: see `known`
 
     def longest_ms(self, guess: int) -> int:
-        """The longest that judging a trial took, examinations included; `guess` before the first."""
+        """The longest that judging a trial took lately, examinations included; `guess` before the first."""
         return max(self._longest_ms.values(), default=guess)
 
     def known(self, trial: LiveTrial) -> bool:
@@ -112,7 +113,8 @@ class Judge:
             self._meter.work("evaluate", method, measured.tokens + examination.tokens)
         ended_ns = self._meter.now_ns()
         kind, took_ms = _kind(trial), (ended_ns - started_ns) // _NS_PER_MS
-        self._longest_ms[kind] = max(self._longest_ms.get(kind, 0), took_ms)
+        # The first of a kind may compile, or capture; that must not count as the usual time for ever.
+        self._longest_ms[kind] = max(round(self._longest_ms.get(kind, 0) * _DECAY), took_ms)
         return {
             "loss": judgement.rung_loss,
             "full_loss": judgement.loss if final else None,

@@ -21,6 +21,7 @@ from trainers.live import LiveTrial
 from trainers.meter import Meter
 
 _NS_PER_MS = 1_000_000
+_DECAY = 0.95  # one slow write must not count as the usual one for ever
 _DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
@@ -50,7 +51,7 @@ class Saver:
 
     def __init__(self, meter: Meter, trials: Mapping[int, LiveTrial], first_guess_ms: int, *, background: bool) -> None:
         """`trials` are the live ones, by number. Without `background` every write is waited for."""
-        self.longest_ms = first_guess_ms  # that a write took
+        self.longest_ms = first_guess_ms  # that a write took lately
         self._meter = meter
         self._trials = trials
         self._background = background
@@ -120,7 +121,7 @@ class Saver:
 
     def _saved(self, trial: LiveTrial, path: Path, step: int, write_ms: int) -> None:
         trial.saved, trial.saved_step = str(path), step
-        self.longest_ms = max(self.longest_ms, write_ms)
+        self.longest_ms = max(round(self.longest_ms * _DECAY), write_ms)
 
 
 def _timed(write: Callable[[Path], None], path: Path) -> int:

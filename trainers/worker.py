@@ -153,6 +153,9 @@ class Worker:
         elif self._saver.busy or len(self._arrivals):
             with self._meter.on("checkpoint"):
                 self._inbox.waiting(_SAVING_S)
+        elif unsaved := next((trial for trial in ready if trial.saved_step != trial.at.step), None):
+            # Time kept back for checkpoints may leave none to judge in, and the next slice is no longer (docs/log.md).
+            self._save_between(unsaved)
         else:
             self._inbox.waiting(_LOOK_S)
             return None
@@ -162,6 +165,10 @@ class Worker:
     def _engine(self) -> Engine:
         assert self._method is not None
         return self._loaded.engines[self._method]
+
+    def _anybody(self) -> tuple[Engine, Method]:  # for what concerns the base model alone
+        method = self._method or any_method(self._loaded.engines)
+        return self._loaded.engines[method], method
 
     # --- time -------------------------------------------------------------------------------------------------------
 
@@ -185,7 +192,7 @@ class Worker:
 
     def _last_ms(self) -> float:
         """When the checkpoints must begin, to be done before the watchdog's SIGTERM."""
-        unsaved = sum(trial.saved_step != trial.at.step or not trial.standing for trial in self._trials.values())
+        unsaved = sum(t.saved_step != t.at.step or not (t.standing or t.arrived()) for t in self._trials.values())
         # A trial whose last write is still under way must wait for that one first.
         rounds = math.ceil(unsaved / self._saver.at_once(self._engine())) + self._saver.busy if unsaved else 0
         leaving_ms = self._job.grace_ms + processes.dying_ms([os.getpid()])
@@ -200,13 +207,9 @@ class Worker:
         over = not self._job.timings and self._meter.now_ms() >= min(self._last_ms(), self._work_ms)
         if self._job.timings and time.monotonic() - self._heard_s > _UNHEARD_S:
             return "paid_time"
-        if self._terminated or (over and not self._arrivals_fit()):
-            return "paid_time"
-        return None
-
-    def _arrivals_fit(self) -> bool:
         waiting = any(not trial.standing and trial.arrived() for trial in self._trials.values())
-        return waiting and not self._out_of_time(evaluating=True)
+        fits = waiting and not self._out_of_time(evaluating=True)
+        return "paid_time" if self._terminated or (over and not fits) else None
 
     # --- commands ---------------------------------------------------------------------------------------------------
 
@@ -227,8 +230,7 @@ class Worker:
                 case Stop():
                     self._stop = True
                 case EvaluateBase():
-                    method = self._method or any_method(self._loaded.engines)
-                    self._emit(BaseEvaluated, **self._judge.base(self._loaded.engines[method], method))
+                    self._emit(BaseEvaluated, **self._judge.base(*self._anybody()))
                 case ExamineBase():
                     self._examine_base = True
                 case Admit():
@@ -414,8 +416,7 @@ class Worker:
         self._examine_base = False
         for trial in self._trials.values():
             self._save_between(trial)
-        method = self._method or any_method(self._loaded.engines)
-        self._emit(BaseExamined, **self._judge.base_scores(self._loaded.engines[method], method))
+        self._emit(BaseExamined, **self._judge.base_scores(*self._anybody()))
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 

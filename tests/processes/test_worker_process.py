@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from process_bench import TIMINGS, Bench, wait_until
+from process_bench import TIMINGS, Bench, config, wait_until
 
-from trainers.messages import Continue, Drop, EvaluateBase, Pause, Release, Slice, Stop
-from trainers.meter import Meter, Timings
+from trainers import processes
+from trainers.messages import Admit, Continue, Drop, EvaluateBase, Pause, Release, Slice, Stop, parse_event
+from trainers.meter import Meter, Timings, open_meter
+from trainers.worker import Worker
 
 SLOW = {"sleep_seconds_per_token": 0.0005}
 
@@ -287,3 +289,29 @@ def test_clock_meter_counts_the_launch_as_load() -> None:
     with meter.shared({"trial:1": 1, "trial:2": 2}):
         now[0] += 1_000_000_000
     assert meter.usage() == (2750, {"load": 1500, "idle": 250, "trial:1": 333, "trial:2": 667})
+
+
+def test_who_may_not_be_judged_any_more_is_written_first(make_bench: Callable[..., Bench]) -> None:
+    """Proves that time kept back for a checkpoint is free again once that is written, and goes into judging.
+
+    A pack stood still for the 26 s that its worker was paid for, 18 s ahead at a time, and was then lost to its end.
+    """
+    bench = make_bench(slots={"lora": 2})
+    (commands, _), (reading, writing) = os.pipe(), os.pipe()
+    worker = Worker(job := bench.job(), open_meter(job), commands, writing)
+    worker._load()
+    for number in (0, 1):
+        folder = str(bench.root / f"trial {number}")
+        worker._welcome(Admit(fence=1, config=config(number), attempt="a", folder=folder, until_tokens=None))
+    while not all(trial.arrived() for trial in worker._trials.values()):
+        assert worker.turn() is None
+    worker._saver.longest_ms, worker._judge._longest_ms = 2000, {"rung": 10_000, "final": 10_000}
+    # Half as much again is kept back: 15 s to judge, 3 s to write. Both do not fit, judging alone does.
+    leaving_ms = job.grace_ms + processes.dying_ms([os.getpid()])
+    worker._paid_ms = worker._work_ms = worker._meter.now_ms() + leaving_ms + 17_000
+    deadline = time.monotonic() + 10
+    while not all(trial.standing for trial in worker._trials.values()):
+        assert worker.turn() is None and time.monotonic() < deadline
+    worker._saver.collect(wait=True)
+    said = [parse_event(line).type for line in os.read(reading, 1 << 16).decode().splitlines()]
+    assert said == ["ready", "admitted", "admitted", "checkpointed", "checkpointed", "evaluated", "evaluated"]
