@@ -95,8 +95,11 @@ RUNG_STEPS = 8  # a first rung of fewer optimizer steps says nothing
 WIDE = 32  # configurations that a search should see, if its money allows
 BRACKETS = 3
 DERIVED = ("auto", "halving")  # shares that follow from money and speed
-FIRST_STEPS, APART = 3, 4  # where a model of the curves decides: steps of a first rung, and how far rungs are apart
-EXPECTED = 3  # one in so many is expected to go on from a rung then; of five tables, 0.4, 0.7 and 0.6 did (docs/log.md)
+# Where a model of the curves decides: early, when warm-up is over, and late. In mid-decay a high rate looks worse than it
+# ends: of two tasks of three, rungs there lost the best configurations (docs/log.md).
+EARLY, LATE = 0.05, 0.8
+FIRST_STEPS = 3  # of a first rung, at least
+EXPECTED = 6  # one in so many is expected to go on from a rung then: of five tables 0.05 to 0.35 did (docs/log.md)
 
 
 @dataclass(frozen=True)
@@ -124,14 +127,8 @@ def ladder(runs: float, steps: int, eta: int | None = None) -> Ladder:
 
 
 def climb(steps: int) -> tuple[float, ...]:
-    """Rungs for a model of the curves, which weighs what an early loss says: early ones, and far apart.
-
-    `steps` as in `ladder`. Between trials it is the model that chooses how many of them go on.
-    """
-    shares = [min(max(LOWEST, FIRST_STEPS / steps), GENTLEST)]
-    while shares[-1] * APART <= LONGEST:
-        shares.append(round(shares[-1] * APART, 6))
-    return tuple(shares)
+    """Rungs for a model of the curves, which chooses between trials how many of them go on. `steps` as in `ladder`."""
+    return min(max(EARLY, FIRST_STEPS / steps), GENTLEST), LATE
 
 
 def _laddered(first: float, eta: int, runs: float) -> Ladder:
