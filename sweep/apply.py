@@ -1,15 +1,16 @@
-"""What an event from a worker changes in our tables. One event, one transaction, together with how far we have read."""
+"""What events from a worker change in our tables. One event, one transaction, together with how far we have read."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from sqlalchemy import Connection
 
 from sweep import records, tables
 from sweep.records import Study, TrialRow, WorkerRow
+from sweep.store import Store
 from trainers.messages import (
     Admitted,
     BaseEvaluated,
@@ -26,6 +27,23 @@ from trainers.messages import (
     Scores,
     TrialEvent,
 )
+
+AT_ONCE = 32  # events between two steps of the loop: a pack may come to a rung as one, and waits for what is decided
+
+
+def take_in(
+    store: Store, study: Study, worker: WorkerRow, events: Sequence[tuple[int, Event]]
+) -> Iterator[tuple[Event, bool]]:
+    """Applies a worker's next events, with the offsets past them; yields each, and whether what it measured is stored.
+
+    After the first sign of life, and the last, the loop looks at the worker again before it goes on.
+    """
+    for offset, event in events[:AT_ONCE]:
+        with store.write() as connection:
+            new = apply(connection, study, worker, event, offset)
+        yield event, new
+        if isinstance(event, Ready | Ended):
+            return
 
 
 def apply(connection: Connection, study: Study, worker: WorkerRow, event: Event, offset: int) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sweep import current, endgame, feasibility, finale, records, rungs, seats, space, stopping, telling, triage, turns
 from sweep.allocation import allocation_of
-from sweep.apply import apply
+from sweep.apply import take_in
 from sweep.current import Current
 from sweep.decisions import decide
 from sweep.endgame import Race
@@ -142,7 +142,7 @@ class Sweep:
                 self.launcher.send(Path(worker.folder), self._slice(worker))
 
     def _settle(self) -> bool:
-        """Applies the next event, pays for the next slice when it is due, sees a dead worker out."""
+        """Applies the next events, pays for the next slice when it is due, sees a dead worker out."""
         worker = self._worker()
         if worker is None:
             return False
@@ -158,15 +158,13 @@ class Sweep:
             return True
         if renews and self.study.timings is None and self._search_is_over(worker):
             return True
-        events = self.launcher.read_events(folder, worker.offset)
-        if events:
-            offset, event = events[0]
-            with self.store.write() as connection:
-                new = apply(connection, self.study, worker, event, offset)
-            if worker.state == "ready":
-                self._gap_ms = max(event.at_ms - worker.at_ms, self._gap_ms * 3 // 4)
-            if new:  # what is not stored would not be learned again after a restart
-                self._learn(event)
+        if events := self.launcher.read_events(folder, worker.offset):
+            heard_ms = worker.at_ms
+            for event, new in take_in(self.store, self.study, worker, events):
+                if worker.state == "ready":
+                    self._gap_ms, heard_ms = max(event.at_ms - heard_ms, self._gap_ms * 3 // 4), event.at_ms
+                if new:  # what is not stored would not be learned again after a restart
+                    self._learn(event)
             return True
         if over:
             self._bury(worker)

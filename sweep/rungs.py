@@ -95,8 +95,8 @@ RUNG_STEPS = 8  # a first rung of fewer optimizer steps says nothing
 WIDE = 32  # configurations that a search should see, if its money allows
 BRACKETS = 3
 DERIVED = ("auto", "halving")  # shares that follow from money and speed
-# Where a model of the curves decides: early, when warm-up is over, and late. In mid-decay a high rate looks worse than it
-# ends: of two tasks of three, rungs there lost the best configurations (docs/log.md).
+# Where a model of the curves decides: early, when warm-up is over, and late. In mid-decay a high rate looks worse than
+# it ends: on two recorded tasks of three, rungs there lost the best configurations (docs/log.md).
 EARLY, LATE = 0.05, 0.8
 FIRST_STEPS = 3  # of a first rung, at least
 EXPECTED = 6  # one in so many is expected to go on from a rung then: of five tables 0.05 to 0.35 did (docs/log.md)
