@@ -70,6 +70,8 @@ class _Slot:
 class TableEngine:
     """The engine protocol over a table: a trial's configuration must be one of its rows."""
 
+    warm_ns = 0
+
     def __init__(self, table: Table, seed: int, slots: int) -> None:
         """`seed` says which recorded seed of each row is replayed."""
         self.slots = slots

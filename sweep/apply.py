@@ -140,6 +140,7 @@ def _evaluated(connection: Connection, study: Study, trial: TrialRow, event: Eva
                 peak_bytes=event.peak_bytes,
                 examine_ms=event.examine_ms,
                 write_ms=event.write_ms,
+                warm_ms=event.warm_ms,
             )
         )
     _scores(connection, study.name, trial.number, event.scores, {})

@@ -39,6 +39,7 @@ MODEL_SHARE = 2 / 14
 # An evaluation's forward pass over training's floor: 12 ms where a step is 14 (30 layers, captured, an H100, 2026).
 EVALUATION_FLOOR = 0.8
 LEAST_MS = 0.5  # of what was measured as less than one
+LEAST_SHARE = 0.1  # of a stretch that must have been training: else it was compiling, and says nothing
 FREE = 1e-6  # seconds of what costs nothing where tokens are paid for
 
 
@@ -150,7 +151,9 @@ class Projector:
     def observe_evaluation(self, config: TrialConfig, row: Any) -> None:
         """Learns from a stretch of training that ended in an evaluation (an Evaluated event, or its row)."""
         width = row.width if config.method == "lora" else 1.0
-        self._learn(self._train(config, width), row.train_tokens, row.train_ms, width)
+        trained_ms = row.train_ms - row.warm_ms
+        if trained_ms >= LEAST_SHARE * row.train_ms:
+            self._learn(self._train(config, width), row.train_tokens, trained_ms, width)
         self._learn(self._evaluate(config.method, row.evaluate_tokens), row.evaluate_tokens, row.evaluate_ms)
         written = self._kept(config.method, row.full_loss is not None)
         # A full-parameter trial that was written just before it was judged says 0, and nothing of what that took.

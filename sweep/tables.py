@@ -121,6 +121,7 @@ evaluation = Table(
     Column("peak_bytes", Micros),  # of the worker's GPU memory, since the evaluation before
     Column("examine_ms", Micros, nullable=False, server_default="0"),  # of metric and scores
     Column("write_ms", Micros, nullable=False, server_default="0"),  # until the checkpoint was on the disk
+    Column("warm_ms", Micros, nullable=False, server_default="0"),  # of train_ms, compiling and capturing
     PrimaryKeyConstraint("study", "trial", "rung"),
     ForeignKeyConstraint(["study", "trial"], ["sweep_trial.study", "sweep_trial.number"]),
     sqlite_strict=True,

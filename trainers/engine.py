@@ -62,6 +62,10 @@ class Engine(Protocol):
 
     slots: int
 
+    @property
+    def warm_ns(self) -> int:
+        """What went into compiling and capturing of the time in which it trained: that tells of no speed."""
+
     def prepare(self, config: TrialConfig, checkpoint: Path | None) -> Callable[[], None] | None:
         """What makes ready, in any thread and while others train, what `admit` of the same two needs; None: nothing.
 

@@ -176,6 +176,8 @@ class ReplayEngine:
         self._script = script
         self._trials: dict[int, _Slot] = {}
 
+    warm_ns = 0
+
     def prepare(self, config: TrialConfig, checkpoint: Path | None) -> Callable[[], None] | None:
         """See Engine: nothing."""
         return None

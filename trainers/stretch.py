@@ -12,15 +12,16 @@ from trainers.meter import Meter
 class Stretch:
     """Who trains from now until `close`, and how far each came. `moved` holds tokens by cost centre, for the meter."""
 
-    def __init__(self, meter: Meter, trials: Sequence[LiveTrial]) -> None:
-        """`trials` are those that train; the meter's time from here on is theirs."""
+    def __init__(self, meter: Meter, engine: Engine, trials: Sequence[LiveTrial]) -> None:
+        """`trials` are those that train in the engine; the meter's time from here on is theirs."""
         self._meter = meter
+        self._engine, self._warm_ns = engine, engine.warm_ns
         self._trials = trials
         self._spent_ns = {trial.number: meter.spent_ns(trial.centre) for trial in trials}
         self.moved = {trial.centre: 0 for trial in trials}
         self.started_ns = meter.now_ns()
 
-    def account(self, engine: Engine, gone: int | None = None) -> None:
+    def account(self, gone: int | None = None) -> None:
         """Books the tokens trained since the last call, and moves a meter that runs on a file by them.
 
         `gone` is a trial that failed: it is out of the engine, which can't say any more how far it came.
@@ -28,7 +29,7 @@ class Stretch:
         for trial in self._trials:
             if trial.number == gone:
                 continue
-            at = engine.position(trial.number)
+            at = self._engine.position(trial.number)
             moved = at.tokens - trial.at.tokens
             trial.at = at
             if moved:
@@ -45,8 +46,11 @@ class Stretch:
     def close(self) -> int:
         """Adds what each trial was charged to its figures; returns the nanoseconds since the start."""
         passed_ns = self._meter.now_ns() - self.started_ns
+        warm = min(max(self._engine.warm_ns - self._warm_ns, 0) / max(passed_ns, 1), 1.0)
         for trial in self._trials:
-            trial.train_ns += self._meter.spent_ns(trial.centre) - self._spent_ns[trial.number]
+            charged_ns = self._meter.spent_ns(trial.centre) - self._spent_ns[trial.number]
+            trial.train_ns += charged_ns
+            trial.warm_ns += round(warm * charged_ns)
             trial.passed_ns += passed_ns
             trial.shared_ns += passed_ns * len(self._trials)
         return passed_ns

@@ -167,8 +167,7 @@ class Worker:
         return self._loaded.engines[self._method]
 
     def _anybody(self) -> tuple[Engine, Method]:  # for what concerns the base model alone
-        method = self._method or any_method(self._loaded.engines)
-        return self._loaded.engines[method], method
+        return self._loaded.engines[one := self._method or any_method(self._loaded.engines)], one
 
     # --- time -------------------------------------------------------------------------------------------------------
 
@@ -305,7 +304,7 @@ class Worker:
     def _train(self) -> None:
         """Trains until something is to be done, and reports it."""
         training = [trial for trial in self._trials.values() if not (trial.standing or trial.arrived())]
-        self._stretch = stretch = Stretch(self._meter, training)
+        self._stretch = stretch = Stretch(self._meter, self._engine(), training)
         self._step_mark_ns = stretch.started_ns
         failure: TrialFailed | None = None
         with self._meter.shared(stretch.moved):
@@ -313,7 +312,7 @@ class Worker:
                 self._engine().advance(self._must_pause)
             except TrialFailed as error:
                 failure = error
-            stretch.account(self._engine(), failure.trial if failure else None)
+            stretch.account(failure.trial if failure else None)
         self._trained_ns += stretch.close()
         self._stretch = None
         # Of several that fail in one step the engine names one at a time; by its turn a trial may have left, judged.
@@ -325,7 +324,7 @@ class Worker:
 
     def _must_pause(self) -> bool:
         if self._stretch is not None:
-            self._stretch.account(self._engine())
+            self._stretch.account()
         now_ns = self._meter.now_ns()
         self._step_ns = max(int(self._step_ns * _STEP_DECAY), now_ns - self._step_mark_ns)
         self._step_mark_ns = now_ns
@@ -397,6 +396,7 @@ class Worker:
                 train_loss=trial.train_loss,
                 train_tokens=trial.train_tokens,
                 train_ms=trial.train_ns // _NS_PER_MS,
+                warm_ms=trial.warm_ns // _NS_PER_MS,
                 checkpoint_ms=checkpoint_ms,
                 write_ms=write_ms,
                 peak_bytes=peak_bytes,

@@ -39,7 +39,7 @@ def trial(number: int, **values: Any) -> TrialRow:
 def measured(tokens: int, seconds: float, *, final: bool = False) -> SimpleNamespace:
     """What the worker says of a stretch of 1,000 tokens that ended at `tokens`."""
     row = {"tokens": tokens, "train_tokens": 1_000, "train_ms": round(1000 * seconds), "checkpoint_ms": 100}
-    row |= {"examine_ms": 0, "write_ms": 100}
+    row |= {"examine_ms": 0, "write_ms": 100, "warm_ms": 0}
     return SimpleNamespace(**row, width=1.0, evaluate_tokens=300, evaluate_ms=500, full_loss=2.0 if final else None)
 
 
@@ -259,3 +259,17 @@ def test_the_status_projects_with_an_interval(connection: Connection) -> None:
         evaluated(connection, rung, 2.0)
     known = shares()
     assert unknown[0] < known[0] and known[1] < unknown[1]
+
+
+def test_compiling_is_no_speed() -> None:
+    """Of 10 s of which 9.5 went into compiling nothing is learned; of 7 s with 6 s of it the rest is the speed."""
+
+    def after(seconds: float, warm_ms: int, tokens: int = 1_000) -> float:
+        known, row = Projector(PLAN, 10_000_000, "cpu", 2), measured(1_000, seconds)
+        row.warm_ms, row.train_tokens = warm_ms, tokens
+        for _ in range(5):
+            known.observe_evaluation(config(1), row)
+        return known.seconds_to_target(trial(1))
+
+    nothing, trained = after(1.0, 0, tokens=0), after(1.0, 0)
+    assert after(10.0, 9_500) == nothing != trained == pytest.approx(after(7.0, 6_000))

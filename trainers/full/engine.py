@@ -140,6 +140,11 @@ class FullEngine:
 
     # --- coming and going -------------------------------------------------------------------------------------------
 
+    @property
+    def warm_ns(self) -> int:
+        """See Engine."""
+        return self._alone.warm_ns
+
     def prepare(self, config: TrialConfig, checkpoint: Path | None) -> Callable[[], None] | None:
         """Nothing: there is nobody to train meanwhile."""
         return None

@@ -276,6 +276,11 @@ class Replica:
         """Whether steps are captured."""
         return self._options.graphs
 
+    @property
+    def warm_ns(self) -> int:
+        """See Engine."""
+        return 0 if self._runner is None else self._runner.warm_ns
+
     def kept(self) -> Kept:
         """What `rest` would give back."""
         graphs = Kept() if self._runner is None else self._runner.kept

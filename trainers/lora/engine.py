@@ -167,6 +167,11 @@ class LoraEngine:
             config=config, index=index, slot=slot, batches=plan, health=health, step=state.step, tokens=state.tokens
         )
 
+    @property
+    def warm_ns(self) -> int:
+        """See Engine."""
+        return self._runner.warm_ns
+
     def prepare(self, config: TrialConfig, checkpoint: Path | None) -> Callable[[], None] | None:
         """What makes ready, in any thread, all that `admit` needs of the host. What it can't, `admit` will say."""
 

@@ -7,6 +7,7 @@ works on this one, and nothing between two optimizer steps waits for the device.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -135,6 +136,8 @@ class GpuRunner:
         self._calls: list[Any] = []
         self.graphs = False
         self.kept = Kept()
+        self.warm_ns = 0
+        self._warm = False  # whether the stream under way is compiled for, or captured
 
     # --- slots and streams ------------------------------------------------------------------------------------------
 
@@ -258,14 +261,24 @@ class GpuRunner:
             return self._judge(frame)
         frame.uses += 1
         key = (stream.dropout, stream.rank)
-        if self.graphs and key not in frame.graphs and frame.uses > 1:
-            self._capture(frame, key)
-        if key in frame.graphs:
-            self._captured = frame.graphs[key]
-            self._captured.forward.replay()
-            return self._captured.hidden
-        self._hidden = self._body(stream, training=True)
-        return self._hidden.detach()
+        with self._warming(frame.uses == 1 or (self.graphs and key not in frame.graphs)):
+            if self.graphs and key not in frame.graphs and frame.uses > 1:
+                self._capture(frame, key)
+            if key in frame.graphs:
+                self._captured = frame.graphs[key]
+                self._captured.forward.replay()
+                return self._captured.hidden
+            self._hidden = self._body(stream, training=True)
+            return self._hidden.detach()
+
+    @contextmanager
+    def _warming(self, warm: bool) -> Iterator[None]:
+        """Counts the time of what is done the first time: the host's, which compiles and captures."""
+        self._warm = warm
+        started_ns = time.monotonic_ns()
+        yield
+        if warm:
+            self.warm_ns += time.monotonic_ns() - started_ns
 
     def _judge(self, frame: Frame) -> torch.Tensor:
         """Hidden states of a stream that nothing is learned from.
@@ -286,13 +299,14 @@ class GpuRunner:
 
     def backward(self, stream: Stream, gradient: torch.Tensor) -> None:
         """Adds the adapters' gradients to the slots, from the gradient [T, d] of the last forward's hidden states."""
-        if self._captured is not None:
-            self._captured.slope.copy_(gradient)
-            self._captured.backward.replay()
-        else:
-            hidden, self._hidden = self._hidden, None
-            assert hidden is not None
-            hidden.backward(gradient)
+        with self._warming(self._warm):
+            if self._captured is not None:
+                self._captured.slope.copy_(gradient)
+                self._captured.backward.replay()
+            else:
+                hidden, self._hidden = self._hidden, None
+                assert hidden is not None
+                hidden.backward(gradient)
         self.pace()
 
     def pace(self) -> None:

@@ -25,6 +25,7 @@ class Runner(Protocol):
 
     shared: bool
     kept: Kept  # what `recover` would give back
+    warm_ns: int  # of forward and backward in training: see Engine
 
     def seat(self, index: int, slot: Slot | None) -> None:
         """Puts a trial's buffers in a slot, or frees it."""
@@ -58,6 +59,7 @@ class CpuRunner:
 
     shared = False
     kept = Kept()
+    warm_ns = 0
 
     def __init__(self, base: Base, groups: list[PackedGroup], slots: int) -> None:
         self._base = base
