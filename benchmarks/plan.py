@@ -93,6 +93,7 @@ def _taught(table: Table, spec: Spec, facts: dict[str, Any], slots: int) -> Prob
         "evaluate_ms": round(1000 * evaluate),
         "checkpoint_ms": round(1000 * STATE_SECONDS),
         "warm_ms": 0,
+        "warm_tokens": 0,
         "write_ms": round(1000 * STATE_SECONDS),
         "examine_ms": 0,
         "full_loss": None,

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.tables import SPACE, Row, Run, Table, choose_seed, cooldown_steps
-from trainers.engine import Engine, Evaluation, Kept, Position, TrialFailed
+from trainers.engine import Engine, Evaluation, Kept, Position, TrialFailed, Warm
 from trainers.judging import Examination, Judge, Judgement, Measured
 from trainers.messages import Command, Event, Progress, Ready, TrialConfig, UsageRecord, WorkerJob
 from trainers.meter import Kind, Meter, Timings
@@ -70,7 +70,7 @@ class _Slot:
 class TableEngine:
     """The engine protocol over a table: a trial's configuration must be one of its rows."""
 
-    warm_ns = 0
+    warm = Warm()
 
     def __init__(self, table: Table, seed: int, slots: int) -> None:
         """`seed` says which recorded seed of each row is replayed."""
@@ -189,6 +189,8 @@ class _TableMeter(Meter):
     def work(self, kind: Kind, method: Any, tokens: int) -> None:
         """Moves the meter by what the table says of the trial at work."""
         row = self.rows.get(self._centre)
+        if row is not None and kind == "evaluate" and not tokens:
+            return  # a metric of no tokens, after the evaluation
         if row is None or kind not in ("train", "evaluate"):
             super().work(kind, method, tokens)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from sqlalchemy import Connection
@@ -28,7 +29,8 @@ from trainers.messages import (
     TrialEvent,
 )
 
-AT_ONCE = 32  # events between two steps of the loop: a pack may come to a rung as one, and waits for what is decided
+# Events between two steps of the loop, and seconds: a pack may come to a rung as one, and waits for what is decided.
+AT_ONCE, LONGEST_S = 32, 0.5
 
 
 def take_in(
@@ -36,13 +38,15 @@ def take_in(
 ) -> Iterator[tuple[Event, bool]]:
     """Applies a worker's next events, with the offsets past them; yields each, and whether what it measured is stored.
 
-    After the first sign of life, and the last, the loop looks at the worker again before it goes on.
+    After the first sign of life, and the last, the loop looks at the worker before it goes on; after LONGEST_S, whether
+    that must be paid. On recorded timings it is one event, so that decisions follow from the events alone.
     """
-    for offset, event in events[:AT_ONCE]:
+    begun = time.monotonic()
+    for offset, event in events[: AT_ONCE if study.timings is None else 1]:
         with store.write() as connection:
             new = apply(connection, study, worker, event, offset)
         yield event, new
-        if isinstance(event, Ready | Ended):
+        if isinstance(event, Ready | Ended) or time.monotonic() - begun > LONGEST_S:
             return
 
 
@@ -141,6 +145,7 @@ def _evaluated(connection: Connection, study: Study, trial: TrialRow, event: Eva
                 examine_ms=event.examine_ms,
                 write_ms=event.write_ms,
                 warm_ms=event.warm_ms,
+                warm_tokens=event.warm_tokens,
             )
         )
     _scores(connection, study.name, trial.number, event.scores, {})

@@ -1,8 +1,8 @@
 """The sweep loop: settle, judge, project, fill, stop.
 
 Our tables are the only state; what is kept in memory (forecasts, what a worker was told) is rebuilt from them after a
-crash. One event of a worker is applied at a time and every decision follows from the tables, so the same events lead to
-the same study however they arrive.
+crash. Every decision follows from the tables. On recorded timings it is taken after each event, so the same events lead
+to the same study; on a clock after all that have come.
 """
 
 from __future__ import annotations
@@ -218,9 +218,10 @@ class Sweep:
     # Judge
 
     def _judge(self) -> None:
-        for trial in self._everyone():
-            if trial.state == "judging":
-                self._decide(trial, *self._trials())
+        # Of several the best first: who is promoted before them is what the others are compared with.
+        judging = [trial for trial in self._everyone() if trial.state == "judging"]
+        for trial in sorted(judging, key=lambda t: (t.loss is None, t.loss, t.number)):
+            self._decide(trial, *self._trials())
 
     def _decide(self, trial: TrialRow, trials: list[TrialRow], results: Results) -> None:
         judgement = decide(self.study, trial, trials, results, self.projector, self.allocation)

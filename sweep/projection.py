@@ -151,9 +151,9 @@ class Projector:
     def observe_evaluation(self, config: TrialConfig, row: Any) -> None:
         """Learns from a stretch of training that ended in an evaluation (an Evaluated event, or its row)."""
         width = row.width if config.method == "lora" else 1.0
-        trained_ms = row.train_ms - row.warm_ms
-        if trained_ms >= LEAST_SHARE * row.train_ms:
-            self._learn(self._train(config, width), row.train_tokens, trained_ms, width)
+        tokens, trained_ms = row.train_tokens - row.warm_tokens, row.train_ms - row.warm_ms
+        if tokens >= LEAST_SHARE * row.train_tokens and trained_ms >= LEAST_SHARE * row.train_ms:
+            self._learn(self._train(config, width), tokens, trained_ms, width)
         self._learn(self._evaluate(config.method, row.evaluate_tokens), row.evaluate_tokens, row.evaluate_ms)
         written = self._kept(config.method, row.full_loss is not None)
         # A full-parameter trial that was written just before it was judged says 0, and nothing of what that took.

@@ -98,8 +98,8 @@ DERIVED = ("auto", "halving")  # shares that follow from money and speed
 # Where a model of the curves decides: early, when warm-up is over, and late. In mid-decay a high rate looks worse than
 # it ends: on two recorded tasks of three, rungs there lost the best configurations (docs/log.md).
 EARLY, LATE = 0.05, 0.8
-FIRST_STEPS = 3  # of a first rung, at least
-EXPECTED = 6  # one in so many is expected to go on from a rung then: of five tables 0.05 to 0.35 did (docs/log.md)
+FIRST_STEPS = 3  # of a first rung, where that is no later than GENTLEST
+EXPECTED, EXPECTED_BETWEEN = 6, 3  # one in so many goes on: of those rungs, and of a ladder in between (docs/log.md)
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,18 @@ def ladder(runs: float, steps: int, eta: int | None = None) -> Ladder:
     return next((option for option in options if option.trials >= WIDE), max(options, key=lambda option: option.trials))
 
 
-def climb(steps: int) -> tuple[float, ...]:
-    """Rungs for a model of the curves, which chooses between trials how many of them go on. `steps` as in `ladder`."""
-    return min(max(EARLY, FIRST_STEPS / steps), GENTLEST), LATE
+def climb(steps: int, warmup: float = 0.0) -> tuple[float, ...]:
+    """Rungs for a model of the curves, which chooses between trials how many of them go on. `steps` as in `ladder`.
+
+    `warmup` is the share of the run in which the rate rises: nobody is compared before.
+    """
+    first = max(min(max(EARLY, FIRST_STEPS / steps), GENTLEST), warmup)
+    return (first, LATE) if first <= LONGEST else (LATE,)
+
+
+def expected(shares: Sequence[float]) -> int:
+    """One in how many is expected to go on from a rung where a model of the curves decides: as on recorded tables."""
+    return EXPECTED if LATE in shares else EXPECTED_BETWEEN
 
 
 def _laddered(first: float, eta: int, runs: float) -> Ladder:

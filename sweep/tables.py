@@ -122,6 +122,7 @@ evaluation = Table(
     Column("examine_ms", Micros, nullable=False, server_default="0"),  # of metric and scores
     Column("write_ms", Micros, nullable=False, server_default="0"),  # until the checkpoint was on the disk
     Column("warm_ms", Micros, nullable=False, server_default="0"),  # of train_ms, compiling and capturing
+    Column("warm_tokens", Micros, nullable=False, server_default="0"),  # of train_tokens, in that time
     PrimaryKeyConstraint("study", "trial", "rung"),
     ForeignKeyConstraint(["study", "trial"], ["sweep_trial.study", "sweep_trial.number"]),
     sqlite_strict=True,

@@ -57,14 +57,26 @@ class Kept:
     in_graphs: int = 0
 
 
+@dataclass(frozen=True)
+class Warm:
+    """Streams that were compiled for, or captured, or launched before that: they tell of no speed."""
+
+    ns: int = 0
+    tokens: int = 0  # real ones, of all trials
+
+    def since(self, other: Warm) -> Warm:
+        """What came after; nothing where the count began anew."""
+        return Warm(max(self.ns - other.ns, 0), max(self.tokens - other.tokens, 0))
+
+
 class Engine(Protocol):
     """Trains trials of one method. `slots` is how many at once."""
 
     slots: int
 
     @property
-    def warm_ns(self) -> int:
-        """What went into compiling and capturing of the time in which it trained: that tells of no speed."""
+    def warm(self) -> Warm:
+        """What went into compiling and capturing of the time in which it trained, since the start."""
 
     def prepare(self, config: TrialConfig, checkpoint: Path | None) -> Callable[[], None] | None:
         """What makes ready, in any thread and while others train, what `admit` of the same two needs; None: nothing.

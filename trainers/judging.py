@@ -137,7 +137,8 @@ class Judge:
             self._meter.work("evaluate", method, found.input_tokens)
         self._base = {"loss": found.loss, "rung_loss": found.rung_loss, "tokens": found.input_tokens}
         took_ms = (self._meter.now_ns() - started_ns) // _NS_PER_MS
-        self._longest_ms.setdefault(_RUNG, took_ms)  # of all rows: a rung's are among them
+        for one in ("lora", "full"):  # of all rows, among which are a rung's, and whatever is behind them
+            self._longest_ms.setdefault(f"{one} {_RUNG}", took_ms)
         return self._base | {"evaluate_ms": took_ms}
 
     def base_scores(self, engine: Engine, method: Method) -> dict[str, Any]:
@@ -153,4 +154,5 @@ class Judge:
 
 
 def _kind(trial: LiveTrial) -> str:
-    return _RUNG if not trial.at.done else "examined" if trial.examine else "final"
+    stage = _RUNG if not trial.at.done else "examined" if trial.examine else "final"
+    return f"{trial.config.method} {stage}"

@@ -29,7 +29,8 @@ class LiveTrial:
     saved_mark_ns: int = 0  # the worker's trained time at that checkpoint
     train_tokens: int = 0
     train_ns: int = 0  # what it was charged of the time that it trained
-    warm_ns: int = 0  # of that, what went into compiling and capturing
+    warm_ns: int = 0  # of that, what went into compiling and capturing,
+    warm_tokens: int = 0  # and the tokens that were trained on the way
     passed_ns: int = 0  # that time, whoever was charged it
     shared_ns: int = 0  # that time, times the trials that trained in it
     loss_sum: float = 0.0
@@ -70,7 +71,8 @@ class LiveTrial:
 
     def begin_again(self) -> None:
         """Sets the measured figures to zero, after they were reported."""
-        self.train_tokens = self.train_ns = self.warm_ns = self.passed_ns = self.shared_ns = self.loss_steps = 0
+        self.train_tokens = self.train_ns = self.passed_ns = self.shared_ns = self.loss_steps = 0
+        self.warm_ns = self.warm_tokens = 0
         self.loss_sum = 0.0
 
     def place(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ CHUNK_LOGITS = 2**26  # logits computed at once: 256 MiB in fp32
 # as noise does. bf16 rounds differently in every kernel shape: logits of 16 and more by 0.06, however small the loss.
 TOLERANCE = {torch.float64: (1e-4, 1e-6), torch.float32: (1e-4, 1e-4), torch.bfloat16: (1e-2, 0.1)}
 COMPARED_TOKENS, COMPARED_ROWS = 16, 8  # completion tokens that losses are compared over, in no more than so many rows
+COMPARED_LENGTH = 2048  # and tokens, unless two rows are longer: the model's own attention may take the square of that
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,8 @@ def compared_rows(split: Split) -> list[int]:
     rows = [0, min(1, split.rows - 1)]
     tokens = sum(int(split[row].mask.sum()) for row in rows)
     while tokens < COMPARED_TOKENS and len(rows) < min(COMPARED_ROWS, split.rows):
+        if split.lengths[[*rows, len(rows)]].sum() > COMPARED_LENGTH:
+            break
         rows.append(len(rows))
         tokens += int(split[rows[-1]].mask.sum())
     return rows

@@ -324,6 +324,7 @@ class Evaluated(TrialEvent):
     scores: dict[str, Scores] = field(default_factory=dict)
     examine_ms: int = 0  # of metric and scores, beyond `evaluate_ms`
     warm_ms: int = 0  # of `train_ms`, what went into compiling and capturing: charged, and no measure of speed
+    warm_tokens: int = 0  # of `train_tokens`, what was trained meanwhile
     write_ms: int = 0  # until the checkpoint was on the disk; `checkpoint_ms` of it kept the machine from training
 
 

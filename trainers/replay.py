@@ -42,7 +42,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainers import metrics, processes
-from trainers.engine import Engine, Evaluation, Kept, Position, TrialFailed
+from trainers.engine import Engine, Evaluation, Kept, Position, TrialFailed, Warm
 from trainers.judging import Examination, Judgement, Measured
 from trainers.messages import Scores, TrialConfig, WorkerJob
 from trainers.splits import Split
@@ -176,7 +176,7 @@ class ReplayEngine:
         self._script = script
         self._trials: dict[int, _Slot] = {}
 
-    warm_ns = 0
+    warm = Warm()
 
     def prepare(self, config: TrialConfig, checkpoint: Path | None) -> Callable[[], None] | None:
         """See Engine: nothing."""

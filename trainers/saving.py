@@ -18,6 +18,7 @@ from pathlib import Path
 
 from trainers.engine import Engine
 from trainers.live import LiveTrial
+from trainers.messages import Method
 from trainers.meter import Meter
 
 _NS_PER_MS = 1_000_000
@@ -51,7 +52,8 @@ class Saver:
 
     def __init__(self, meter: Meter, trials: Mapping[int, LiveTrial], first_guess_ms: int, *, background: bool) -> None:
         """`trials` are the live ones, by number. Without `background` every write is waited for."""
-        self.longest_ms = first_guess_ms  # that a write took lately
+        self._guess_ms = first_guess_ms
+        self._longest_ms: dict[Method, int] = {}  # that a write of a trial of the method took lately
         self._meter = meter
         self._trials = trials
         self._background = background
@@ -61,6 +63,10 @@ class Saver:
     def at_once(self, engine: Engine) -> int:
         """How many checkpoints of this engine are written at the same time."""
         return self.threads if self._background and engine.slots > 1 else 1
+
+    def longest_ms(self, method: Method) -> int:
+        """The longest that writing a trial of a method took lately; a guess before the first."""
+        return self._longest_ms.get(method, self._guess_ms)
 
     def of(self, number: int) -> bool:
         """Whether a write of the trial with this number is under way, or its end was not taken up yet."""
@@ -121,7 +127,8 @@ class Saver:
 
     def _saved(self, trial: LiveTrial, path: Path, step: int, write_ms: int) -> None:
         trial.saved, trial.saved_step = str(path), step
-        self.longest_ms = max(round(self.longest_ms * _DECAY), write_ms)
+        method = trial.config.method
+        self._longest_ms[method] = max(round(self.longest_ms(method) * _DECAY), write_ms)
 
 
 def _timed(write: Callable[[Path], None], path: Path) -> int:

@@ -15,7 +15,7 @@ class Stretch:
     def __init__(self, meter: Meter, engine: Engine, trials: Sequence[LiveTrial]) -> None:
         """`trials` are those that train in the engine; the meter's time from here on is theirs."""
         self._meter = meter
-        self._engine, self._warm_ns = engine, engine.warm_ns
+        self._engine, self._warm = engine, engine.warm
         self._trials = trials
         self._spent_ns = {trial.number: meter.spent_ns(trial.centre) for trial in trials}
         self.moved = {trial.centre: 0 for trial in trials}
@@ -46,11 +46,13 @@ class Stretch:
     def close(self) -> int:
         """Adds what each trial was charged to its figures; returns the nanoseconds since the start."""
         passed_ns = self._meter.now_ns() - self.started_ns
-        warm = min(max(self._engine.warm_ns - self._warm_ns, 0) / max(passed_ns, 1), 1.0)
+        warm, moved = self._engine.warm.since(self._warm), sum(self.moved.values())
+        of_time, of_tokens = min(warm.ns / max(passed_ns, 1), 1.0), min(warm.tokens / max(moved, 1), 1.0)
         for trial in self._trials:
             charged_ns = self._meter.spent_ns(trial.centre) - self._spent_ns[trial.number]
             trial.train_ns += charged_ns
-            trial.warm_ns += round(warm * charged_ns)
+            trial.warm_ns += round(of_time * charged_ns)
+            trial.warm_tokens += round(of_tokens * self.moved[trial.centre])
             trial.passed_ns += passed_ns
             trial.shared_ns += passed_ns * len(self._trials)
         return passed_ns

@@ -151,11 +151,12 @@ class Worker:
         elif not self._out_of_time() and any(not (t.standing or t.arrived()) for t in self._trials.values()):
             self._train()
         elif self._saver.busy or len(self._arrivals):
-            with self._meter.on("checkpoint"):
+            with self._meter.on("checkpoint" if self._saver.busy else self._arrivals.centre):
                 self._inbox.waiting(_SAVING_S)
-        elif unsaved := next((trial for trial in ready if trial.saved_step != trial.at.step), None):
+        elif unsaved := [trial for trial in ready if trial.saved_step != trial.at.step]:
             # Time kept back for checkpoints may leave none to judge in, and the next slice is no longer (docs/log.md).
-            self._save_between(unsaved)
+            for trial in unsaved[: self._saver.at_once(self._engine())]:
+                self._save_between(trial)
         else:
             self._inbox.waiting(_LOOK_S)
             return None
@@ -195,7 +196,7 @@ class Worker:
         # A trial whose last write is still under way must wait for that one first.
         rounds = math.ceil(unsaved / self._saver.at_once(self._engine())) + self._saver.busy if unsaved else 0
         leaving_ms = self._job.grace_ms + processes.dying_ms([os.getpid()])
-        return self._paid_ms - leaving_ms - rounds * self._saver.longest_ms * _SAFETY
+        return self._paid_ms - leaving_ms - rounds * self._saver.longest_ms(self._method or "lora") * _SAFETY
 
     def _reason_to_end(self) -> Literal["stop", "paid_time"] | None:
         if self._stop:
@@ -285,7 +286,8 @@ class Worker:
         trial.saved_mark_ns = self._trained_ns
         self._trials[config.number] = trial
         trial.forget_later_checkpoints()
-        self._emit(Admitted, **trial.place(), restore_ms=self._since_ms(started_ns) if resume else 0)
+        restored_ms = (self._meter.now_ns() - started_ns) // _NS_PER_MS if resume else 0
+        self._emit(Admitted, **trial.place(), restore_ms=restored_ms)
 
     def _go_on(self, command: Continue) -> None:
         trial = self._trials.get(command.trial)
@@ -397,6 +399,7 @@ class Worker:
                 train_tokens=trial.train_tokens,
                 train_ms=trial.train_ns // _NS_PER_MS,
                 warm_ms=trial.warm_ns // _NS_PER_MS,
+                warm_tokens=trial.warm_tokens,
                 checkpoint_ms=checkpoint_ms,
                 write_ms=write_ms,
                 peak_bytes=peak_bytes,
@@ -470,9 +473,6 @@ class Worker:
         self._emit(Ended, reason=reason, occupancy=occupancy(self._loaded.engines))
         return 0
 
-    def _since_ms(self, started_ns: int) -> int:
-        return (self._meter.now_ns() - started_ns) // _NS_PER_MS
-
     def _emit(self, kind: Callable[..., Event], **fields: Any) -> None:
         at_ms, usage = self._meter.usage()
         left = memoryview(kind(at_ms=at_ms, usage=usage, **fields).line().encode())
@@ -493,7 +493,7 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    sys.stderr.flush()
+    sys.stdout.flush(), sys.stderr.flush()
     # Everything is on the disk and said. The interpreter would free the model piece by piece, which took 1.2 s of paid
     # time on a CPU, and as many graphs as a GPU has; the kernel takes it all at once.
     os._exit(code)

@@ -305,7 +305,7 @@ def test_who_may_not_be_judged_any_more_is_written_first(make_bench: Callable[..
         worker._welcome(Admit(fence=1, config=config(number), attempt="a", folder=folder, until_tokens=None))
     while not all(trial.arrived() for trial in worker._trials.values()):
         assert worker.turn() is None
-    worker._saver.longest_ms, worker._judge._longest_ms = 2000, {"rung": 10_000, "final": 10_000}
+    worker._saver._longest_ms, worker._judge._longest_ms = {"lora": 2000}, {"lora final": 10_000}
     # Half as much again is kept back: 15 s to judge, 3 s to write. Both do not fit, judging alone does.
     leaving_ms = job.grace_ms + processes.dying_ms([os.getpid()])
     worker._paid_ms = worker._work_ms = worker._meter.now_ms() + leaving_ms + 17_000

@@ -198,6 +198,7 @@ def test_a_method_is_asked_for_at_its_own_price() -> None:
             "full_loss": None,
             "width": 1.0,
             "warm_ms": 0,
+            "warm_tokens": 0,
         }
         known.observe_evaluation(trial.config, SimpleNamespace(**row))
     results = Results([(t.number, 0, 1 + 0.1 * draw.random()) for t in trials])

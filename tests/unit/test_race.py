@@ -297,6 +297,7 @@ def test_what_is_measured_beyond_the_loss_is_forecast_and_learned(connection: Co
         "checkpoint_ms": 10,
         "write_ms": 10,
         "warm_ms": 0,
+        "warm_tokens": 0,
         "examine_ms": round(3_000 * confirmed),
     }
     stretch = {"tokens": 2_000, "train_tokens": 2_000, "evaluate_tokens": 1_300, "width": 1.0, "full_loss": 2.0}

@@ -32,7 +32,7 @@ from trainers.checkpoints import (
     write_folder,
     write_state,
 )
-from trainers.engine import Evaluation, Kept, Position, TrialFailed
+from trainers.engine import Evaluation, Kept, Position, TrialFailed, Warm
 from trainers.full import optimizers, weights
 from trainers.full.distributed import Ensemble, GroupError
 from trainers.full.replica import Options, Replica, Saved
@@ -141,9 +141,9 @@ class FullEngine:
     # --- coming and going -------------------------------------------------------------------------------------------
 
     @property
-    def warm_ns(self) -> int:
+    def warm(self) -> Warm:
         """See Engine."""
-        return self._alone.warm_ns
+        return self._alone.warm
 
     def prepare(self, config: TrialConfig, checkpoint: Path | None) -> Callable[[], None] | None:
         """Nothing: there is nobody to train meanwhile."""

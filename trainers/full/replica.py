@@ -19,7 +19,7 @@ from torch import distributed
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from trainers import generation
-from trainers.engine import Kept
+from trainers.engine import Kept, Warm
 from trainers.full import optimizers
 from trainers.full.weights import Weights
 from trainers.lora.head import Targets
@@ -277,9 +277,9 @@ class Replica:
         return self._options.graphs
 
     @property
-    def warm_ns(self) -> int:
+    def warm(self) -> Warm:
         """See Engine."""
-        return 0 if self._runner is None else self._runner.warm_ns
+        return Warm() if self._runner is None else self._runner.warm
 
     def kept(self) -> Kept:
         """What `rest` would give back."""

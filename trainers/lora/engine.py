@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from trainers.checkpoints import CheckpointError, State, holds, write_folder, write_state
-from trainers.engine import Evaluation, Kept, Position, TrialFailed
+from trainers.engine import Evaluation, Kept, Position, TrialFailed, Warm
 from trainers.generation import greedy
 from trainers.health import Health
 from trainers.lora import adapter_files, packing
@@ -154,9 +154,9 @@ class LoraEngine:
         return live.position
 
     def _build(self, config: TrialConfig, index: int, checkpoint: Path | None) -> Live:
+        content = self._ready.pop((config, checkpoint), None)
         if config.examples < 1 or config.batch_size < 1:
             raise ValueError(f"examples {config.examples} and batch_size {config.batch_size} must be at least 1")
-        content = self._ready.pop((config, checkpoint), None)
         if content is None:
             content = adapter_files.content_of(config, self._layout, self.train.rows, checkpoint)
         slot = Slot.empty(config, self._layout, self.base.model.dtype, self.base.device)
@@ -168,9 +168,9 @@ class LoraEngine:
         )
 
     @property
-    def warm_ns(self) -> int:
+    def warm(self) -> Warm:
         """See Engine."""
-        return self._runner.warm_ns
+        return self._runner.warm
 
     def prepare(self, config: TrialConfig, checkpoint: Path | None) -> Callable[[], None] | None:
         """What makes ready, in any thread, all that `admit` needs of the host. What it can't, `admit` will say."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainers.engine import Kept
+from trainers.engine import Kept, Warm
 from trainers.lora import attention_kernels  # noqa: F401  (registers the operator that attention.py calls)
 from trainers.lora.attention import packed as packed_attention
 from trainers.lora.bank import Slot, padded
@@ -136,8 +136,9 @@ class GpuRunner:
         self._calls: list[Any] = []
         self.graphs = False
         self.kept = Kept()
-        self.warm_ns = 0
-        self._warm = False  # whether the stream under way is compiled for, or captured
+        self.warm = Warm()
+        self._known: set[tuple[bool, int]] = set()  # by dropout and rank: what layers were compiled for
+        self._first = False  # whether the stream under way is compiled for, or captured, or launched before that
 
     # --- slots and streams ------------------------------------------------------------------------------------------
 
@@ -261,7 +262,9 @@ class GpuRunner:
             return self._judge(frame)
         frame.uses += 1
         key = (stream.dropout, stream.rank)
-        with self._warming(frame.uses == 1 or (self.graphs and key not in frame.graphs)):
+        first = key not in frame.graphs if self.graphs else key not in self._known
+        self._known.add(key)
+        with self._counted(first, stream.tokens if first else 0):
             if self.graphs and key not in frame.graphs and frame.uses > 1:
                 self._capture(frame, key)
             if key in frame.graphs:
@@ -272,13 +275,13 @@ class GpuRunner:
             return self._hidden.detach()
 
     @contextmanager
-    def _warming(self, warm: bool) -> Iterator[None]:
+    def _counted(self, first: bool, tokens: int = 0) -> Iterator[None]:
         """Counts the time of what is done the first time: the host's, which compiles and captures."""
-        self._warm = warm
+        self._first = first
         started_ns = time.monotonic_ns()
         yield
-        if warm:
-            self.warm_ns += time.monotonic_ns() - started_ns
+        if first:
+            self.warm = Warm(self.warm.ns + time.monotonic_ns() - started_ns, self.warm.tokens + tokens)
 
     def _judge(self, frame: Frame) -> torch.Tensor:
         """Hidden states of a stream that nothing is learned from.
@@ -299,7 +302,7 @@ class GpuRunner:
 
     def backward(self, stream: Stream, gradient: torch.Tensor) -> None:
         """Adds the adapters' gradients to the slots, from the gradient [T, d] of the last forward's hidden states."""
-        with self._warming(self._warm):
+        with self._counted(self._first):
             if self._captured is not None:
                 self._captured.slope.copy_(gradient)
                 self._captured.backward.replay()

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from trainers.engine import Kept
+from trainers.engine import Kept, Warm
 from trainers.lora.attention import packed as packed_attention
 from trainers.lora.bank import Slot, padded
 from trainers.lora.head import Targets
@@ -25,7 +25,7 @@ class Runner(Protocol):
 
     shared: bool
     kept: Kept  # what `recover` would give back
-    warm_ns: int  # of forward and backward in training: see Engine
+    warm: Warm  # see Engine
 
     def seat(self, index: int, slot: Slot | None) -> None:
         """Puts a trial's buffers in a slot, or frees it."""
@@ -59,7 +59,7 @@ class CpuRunner:
 
     shared = False
     kept = Kept()
-    warm_ns = 0
+    warm = Warm()
 
     def __init__(self, base: Base, groups: list[PackedGroup], slots: int) -> None:
         self._base = base
