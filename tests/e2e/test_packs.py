@@ -92,6 +92,7 @@ def test_methods_take_turns_in_packs(tmp_path: Path) -> None:
     assert found["held"] == 0 and spent(found["accounts"]) == machine_micros(found["workers"])
 
 
+@pytest.mark.alone  # on a file's meter a trial trains as far as the orchestrator, slowed by others, lets it
 def test_a_pack_spends_its_cap(tmp_path: Path) -> None:
     """Proves that what is kept back for the end of a slice is not a first guess for ever: checkpoints that cost nothing
     are measured too, the paid time grows as the tail shrinks, and asking begins again as trials leave the pack."""
