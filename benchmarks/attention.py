@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from benchmarks import graphs
 from benchmarks.hf_trials import now
 from benchmarks.packing import Report, machine, parsed
 from benchmarks.workload import SHAPES, Shape
@@ -179,12 +179,13 @@ KINDS: dict[str, Callable[[Case], Ready]] = {
 
 def milliseconds(call: Callable[[], Any], device: torch.device, times: int) -> float:
     """The median time of a call that is waited for."""
-    found = []
-    for _ in range(times + 3):
-        mark = now(device)
+
+    def waited() -> float:
         call()
-        found.append(1000 * (now(device) - mark))
-    return round(statistics.median(found[3:]), 4)
+        return now(device)
+
+    graphs.milliseconds(waited, 3)
+    return graphs.milliseconds(waited, times)[0]
 
 
 def kernels_ms(call: Callable[[], Any], leaves: list[torch.Tensor], device: torch.device, times: int) -> float:

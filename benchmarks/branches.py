@@ -21,12 +21,21 @@ import json
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.record import DATA, DRAW, ROOT, SEEDS, RecordError, Recording, _Clock, _header, stops, trials
+from benchmarks.record import (
+    DRAW,
+    SEEDS,
+    RecordError,
+    Recording,
+    _Clock,
+    _header,
+    add_recording_options,
+    stops,
+    trials,
+)
 from benchmarks.tables import COOLDOWN, FOLDER, RUN_SECONDS, SHARES, Run, Table, cooldown_steps, find, write
 from benchmarks.tasks import TASKS
 from trainers.engine import TrialFailed
@@ -252,16 +261,7 @@ def main(arguments: list[str]) -> int:
         command = commands.add_parser(verb.__name__)
         command.set_defaults(verb=verb)
         command.add_argument("--task", choices=TASKS, required=True)
-        command.add_argument("--file", type=Path, metavar="JSONL", help="the recording")
-        command.add_argument("--model", type=Path, default=ROOT / "models" / "smollm2-135m", metavar="DIR")
-        command.add_argument("--data", type=Path, default=DATA, metavar="DIR", help="prepared rows")
-        command.add_argument("--device", default="cuda")
-        command.add_argument("--lora", type=int, default=100, help="configurations")
-        command.add_argument("--full", type=int, default=16, help="of the recording under linear decay")
-        command.add_argument("--examples", type=int, default=1920, help="of a run")
-        command.add_argument("--slots", type=int, default=64, help="half of them for copies")
-        command.add_argument("--seed", type=int, default=0, help="of the draw")
-        command.add_argument("--minutes", type=float, default=1e6, help="after which it stops by itself")
+        add_recording_options(command, slots=64)  # half of them for copies
         command.add_argument("--seeds", type=int, default=30, help="studies to compare")
         command.add_argument("--runs", type=float, default=20.0, help="whole runs that the cap pays for")
     options = parser.parse_args(arguments)

@@ -440,6 +440,20 @@ def _path(options: argparse.Namespace) -> Path:
     return Path(options.file or options.data / f"{options.task}.jsonl")
 
 
+def add_recording_options(command: argparse.ArgumentParser, slots: int) -> None:
+    """What every recorder of learning curves is told; `slots` is how many by default."""
+    command.add_argument("--model", type=Path, default=ROOT / "models" / "smollm2-135m", metavar="DIR")
+    command.add_argument("--data", type=Path, default=DATA, metavar="DIR", help="prepared rows, and recordings")
+    command.add_argument("--file", type=Path, metavar="JSONL", help="the recording")
+    command.add_argument("--device", default="cuda")
+    command.add_argument("--lora", type=int, default=100, help="configurations")
+    command.add_argument("--full", type=int, default=16, help="configurations")
+    command.add_argument("--examples", type=int, default=1920, help="of a run")
+    command.add_argument("--slots", type=int, default=slots)
+    command.add_argument("--seed", type=int, default=0, help="of the draw")
+    command.add_argument("--minutes", type=float, default=1e6, help="after which it stops by itself")
+
+
 def main(arguments: list[str]) -> int:
     """Reads the command line and runs what it asks for; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.record", description=(__doc__ or "").split("\n")[0])
@@ -458,17 +472,8 @@ def main(arguments: list[str]) -> int:
             command.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
         else:
             command.add_argument("--task", choices=TASKS, required=True)
-        command.add_argument("--model", type=Path, default=ROOT / "models" / "smollm2-135m", metavar="DIR")
-        command.add_argument("--data", type=Path, default=DATA, metavar="DIR", help="prepared rows, and recordings")
-        command.add_argument("--file", type=Path, metavar="JSONL", help="the recording")
+        add_recording_options(command, slots=32)
         command.add_argument("--folder", type=Path, default=FOLDER, metavar="DIR", help="of tables")
-        command.add_argument("--device", default="cuda")
-        command.add_argument("--lora", type=int, default=100, help="configurations")
-        command.add_argument("--full", type=int, default=16, help="configurations")
-        command.add_argument("--examples", type=int, default=1920, help="of a run")
-        command.add_argument("--slots", type=int, default=32)
-        command.add_argument("--seed", type=int, default=0, help="of the draw")
-        command.add_argument("--minutes", type=float, default=1e6, help="after which it stops by itself")
         command.add_argument("--seconds", type=float, default=2.0, help="of measuring a speed")
     options = parser.parse_args(arguments)
     try:

@@ -170,13 +170,13 @@ class _Slot:
 class ReplayEngine:
     """The Engine protocol over a script. Steps all trials in turn, one optimizer step each."""
 
+    warm = Warm()
+
     def __init__(self, script: Script, slots: int) -> None:
         """Makes an engine with `slots` slots."""
         self.slots = slots
         self._script = script
         self._trials: dict[int, _Slot] = {}
-
-    warm = Warm()
 
     def prepare(self, config: TrialConfig, checkpoint: Path | None) -> Callable[[], None] | None:
         """See Engine: nothing."""
