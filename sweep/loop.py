@@ -255,9 +255,8 @@ class Sweep:
     def _project(self) -> None:
         trials, results = self._trials()
         money = self._funds(trials, results)
-        eta = self.study.spec.search.eta
-        for trial, reason in triage.triage(money, trials, results, self.projector, eta):
-            best = rungs.leader(trials, results, eta)
+        for trial, reason in triage.triage(money, trials, results, self.projector):
+            best = rungs.leader(trials, results)
             if best is not None and best.number == trial.number and rungs.worth_finishing(trial, trials, results):
                 # More money would go to this one first, so it keeps its place instead of being told as pruned.
                 self._change(trial, "paused", f"parked: {reason}")
@@ -274,9 +273,7 @@ class Sweep:
         return race, race.left(self._funds([], self._now().results), self._lengths)
 
     def _funds(self, trials: list[TrialRow], results: Results) -> Funds:
-        money = self.workers.funds(self._worker())
-        eta = self.study.spec.search.eta
-        return replace(money, finish_seconds=triage.finish_seconds(trials, results, self.projector, eta))
+        return triage.with_finish(self.workers.funds(self._worker()), trials, results, self.projector)
 
     # Fill
 
@@ -401,7 +398,7 @@ class Sweep:
         """Whether a trial that joins can reach its end although all others reach their next decision before it."""
         joined = [*(t for t in trials if t.number != trial.number), trial]
         money = self._funds(joined, results)
-        return triage.affordable(trial, joined, results, money, self.projector, self.study.spec.search.eta)
+        return triage.affordable(trial, joined, money, self.projector)
 
     def _ask(self, trials: list[TrialRow], results: Results, method: Method | None, newcomers: list[TrialRow]) -> bool:
         """Asks for a new trial; True if there is one more to consider."""

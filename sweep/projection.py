@@ -171,6 +171,12 @@ class Projector:
         other.plan, other._run_tokens, other._works = plan, plan.run_tokens, {}
         return other
 
+    def among(self, width: float) -> Projector:
+        """The same forecasts where so many LoRA trials share the machine; what either learns, both know."""
+        other = copy.copy(self)
+        other.width = width
+        return other
+
     def _learn(self, work: Work, units: float, ms: int, width: float = 1.0) -> None:
         # What takes less than a millisecond, such as a checkpoint that is written beside training, reads 0. Left out it
         # would be taken for as dear as its first guess for ever. On a meter of tokens 0 is exact.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from sweep.rungs import Policy, asked
@@ -139,17 +139,24 @@ class _Search:
         beyond = slice(trial.target + 1, None)
         return self._next(trial) + sum(trial.costs.alone[beyond]) + sum(trial.costs.kept[beyond])
 
+    def _alone_to_end(self, trial: _Trial) -> float:
+        left = slice(trial.target, None)
+        return sum(trial.costs.alone[left]) + sum(trial.costs.kept[left])
+
+    def _finisher(self) -> _Trial | None:
+        return self._leader(lambda trial: self._alone_to_end(trial) <= self._left)
+
     def _finish_seconds(self, joined: Sequence[_Trial], leader: _Trial | None) -> float:
         if leader is None or not self._worth_finishing(leader):
             return 0.0
         return self._to_end(leader) - (self._next(leader) if leader in joined else 0.0)
 
     def _ahead(self, joined: Sequence[_Trial]) -> float:
-        return sum(map(self._next, joined)) + self._finish_seconds(joined, self._leader())
+        return sum(map(self._next, joined)) + self._finish_seconds(joined, self._finisher())
 
     def _affordable(self, trial: _Trial) -> bool:
         others = [t for t in self._running if t is not trial]
-        leader = self._leader()
+        leader = self._finisher()
         ahead = sum(map(self._next, others))
         if leader is not trial:
             ahead += self._finish_seconds(others, leader)
@@ -171,20 +178,20 @@ class _Search:
         place, count = self._place(trial)
         return place <= count // self._rules.eta or (place == 1 and not trial.costs.parks)
 
-    def _promise(self, trial: _Trial) -> float:
+    def _hopeful(self, trial: _Trial) -> tuple[float, int, int]:
         if trial.rung < 0:
-            return 0.5
-        place, count = self._place(trial)
-        return (place - 0.5) / count * float(self._rules.eta) ** -trial.rung
+            return 0.5, 1, trial.number
+        compared = max(map(len, self._peers(trial)))
+        return (self._place(trial)[0] - 0.5) / compared, -trial.rung, trial.number
 
-    def _leader(self) -> _Trial | None:
+    def _leader(self, payable: Callable[[_Trial], bool] = lambda _: True) -> _Trial | None:
         best = []
         for group in self._ranked:
             for rung, ranked in enumerate(group):
                 here = (self._trials[number] for _, number in ranked)
-                best.append(next((t for t in here if t.rung == rung and t.state != "ended"), None))
+                best.append(next((t for t in here if t.rung == rung and t.state != "ended" and payable(t)), None))
         found = [trial for trial in best if trial is not None]
-        return min(found, key=lambda t: (self._promise(t), t.number), default=None)
+        return min(found, key=self._hopeful, default=None)
 
     def _worth_finishing(self, trial: _Trial) -> bool:
         done = self._peers(trial)[self._last]
@@ -249,7 +256,7 @@ class _Search:
             return False
         paused = [t for t in self._trials if t.state == "paused" and self._worth_finishing(t)]
         joined = 0
-        for trial in sorted(paused, key=lambda t: (self._promise(t), t.number)):
+        for trial in sorted(paused, key=self._hopeful):
             joined += self._promote(trial)
             if joined == self._rules.slots:
                 break
@@ -257,10 +264,10 @@ class _Search:
 
     def _triage(self) -> None:
         running = self._running
-        for trial in [t for t in running if self._to_end(t) > self._left]:
+        for trial in [t for t in running if self._alone_to_end(t) > self._left]:
             self._drop(trial)
         while running and self._ahead(running) > self._left:
-            self._drop(max(running, key=lambda t: (self._promise(t), t.number)))
+            self._drop(max(running, key=self._hopeful))
 
     def _drop(self, trial: _Trial) -> None:
         leader = self._leader()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -234,24 +234,31 @@ def promotable(trials: Iterable[TrialRow], results: Results, eta: int) -> TrialR
     return min(earned, key=lambda t: (-t.rung, t.loss if t.loss is not None else math.inf, t.number), default=None)
 
 
-def promise(trial: TrialRow, results: Results, eta: int) -> float:
+def promise(trial: TrialRow, results: Results) -> float:
     """An estimate of the share of all configurations that are better; lower is more promising.
 
-    A trial that was promoted r times stands in the best eta**-r; within its rung its place says the rest. One that was
-    never evaluated is taken for an average one.
+    Whoever went on from a rung is taken for the best of it, so the k-th at any rung is the k-th of all that were ever
+    compared. One that was never evaluated is taken for an average one.
     """
     if trial.rung < 0 or trial.number not in results.losses.get(trial.rung, {}):
         return 0.5
-    place, count = results.rank(trial.number, trial.rung)
-    return (place - 0.5) / count * float(eta) ** -trial.rung
+    compared = max(len(there) for there in results.losses.values())
+    return (results.rank(trial.number, trial.rung)[0] - 0.5) / compared
 
 
-def leader(trials: Iterable[TrialRow], results: Results, eta: int) -> TrialRow | None:
-    """The most promising unfinished trial that was evaluated at least once."""
+def hopeful(trial: TrialRow, results: Results) -> tuple[float, int, int]:
+    """The order in which trials get what money there is: by promise, then by how far they came."""
+    return promise(trial, results), -trial.rung, trial.number
+
+
+def leader(
+    trials: Iterable[TrialRow], results: Results, payable: Callable[[TrialRow], bool] = lambda _: True
+) -> TrialRow | None:
+    """The most promising unfinished trial that was evaluated at least once, of those that are `payable`."""
     still_open = {"waiting", "live", "judging", "paused"}
     # One whose last evaluation gave no finite loss reached its rung but has no result there; it is about to be pruned.
     open_ones = [t for t in trials if t.state in still_open and t.number in results.losses.get(t.rung, {})]
-    return min(open_ones, key=lambda t: (promise(t, results, eta), t.number), default=None)
+    return next(filter(payable, sorted(open_ones, key=lambda t: hopeful(t, results))), None)
 
 
 def worth_finishing(trial: TrialRow, trials: Iterable[TrialRow], results: Results) -> bool:
@@ -264,7 +271,7 @@ def worth_finishing(trial: TrialRow, trials: Iterable[TrialRow], results: Result
     return best.number not in there or there[trial.number] < there[best.number]
 
 
-def last_chances(trials: Sequence[TrialRow], results: Results, eta: int) -> list[TrialRow]:
+def last_chances(trials: Sequence[TrialRow], results: Results) -> list[TrialRow]:
     """The paused trials that may still beat the best completed one, the most promising first."""
     paused = [t for t in trials if t.state == "paused" and worth_finishing(t, trials, results)]
-    return sorted(paused, key=lambda t: (promise(t, results, eta), t.number))
+    return sorted(paused, key=lambda t: hopeful(t, results))

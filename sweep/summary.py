@@ -15,7 +15,7 @@ from budgets.ledger import Balances, Ledger, trial_account
 from budgets.money import MICROS
 from budgets.schema import transfer
 from budgets.statement import statement as draw_up
-from sweep import endgame, finale, records, rungs, space, tables, triage
+from sweep import endgame, finale, records, space, tables, triage
 from sweep.endgame import Outcome
 from sweep.errors import NotFoundError
 from sweep.projection import Projector, projector_of
@@ -302,15 +302,14 @@ def _projected(
     funds = triage.funds(balances, study.micros_per_hour, worker, now, projector.load().mean)
     results = Results.of_search(records.evaluations(connection, study.name))
     rows = records.searched(rows)
-    eta = study.spec.search.eta
     # With one at its end, nobody else of the search is brought there from the endgame's money.
     over = study.phase == "endgame" and study.spec.endgame.trains and any(t.state == "completed" for t in rows)
-    to_end = 0.0 if over else triage.finish_seconds(rows, results, projector, eta)
-    leader = rungs.leader(rows, results, eta) if to_end else None
+    funds = funds if over else triage.with_finish(funds, rows, results, projector)
+    leader = next((t for t in rows if t.number == funds.leader), None)
     ahead = projector.ahead(running, leader, launch=worker is None or worker.state != "ready")
 
     def spend(more: float) -> int:
-        later = dataclasses.replace(funds, finish_seconds=to_end + more)
+        later = dataclasses.replace(funds, finish_seconds=funds.finish_seconds + more)
         return triage.projected_spend(later, running, projector)
 
     # Less may be needed than holds already pay for: what is left of them is given back, but nothing that was spent.

@@ -10,7 +10,7 @@ from budgets.money import cost_micros, usd
 from sweep import records
 from sweep.projection import Projector
 from sweep.records import TrialRow, WorkerRow
-from sweep.rungs import Results, leader, promise, worth_finishing
+from sweep.rungs import Results, hopeful, leader, worth_finishing
 
 NOT_STARTED = "not started"
 
@@ -24,7 +24,8 @@ class Funds:
     spent_now: int  # what the machine has cost up to now, settled or not
     prepaid_ms: int  # training time that open holds already pay for
     overhead: int  # what is forecast beyond trials and not held: a load, if a worker has yet to start
-    finish_seconds: float = 0.0  # from the leading trial's next decision to its end
+    leader: int | None = None  # the trial that is to come to its end whatever else is done
+    finish_seconds: float = 0.0  # from its next decision to its end
 
     @property
     def left_now(self) -> int:
@@ -51,13 +52,18 @@ def funds(
     return Funds(balances, micros_per_hour, balances.spent + max(used, 0), max(prepaid_ms - loading_ms, 0), overhead)
 
 
-def finish_seconds(trials: Sequence[TrialRow], results: Results, projector: Projector, eta: int) -> float:
-    """What bringing the leader to its end takes beyond its next decision, as long as it may still win."""
-    best = leader(trials, results, eta)
+def with_finish(money: Funds, trials: Sequence[TrialRow], results: Results, projector: Projector) -> Funds:
+    """Keeps back what bringing the leader to its end takes beyond its next decision, as long as it may still win.
+
+    The leader of those that the money left brings to their end: for another, nothing is kept back from the others.
+    """
+    alone = projector.among(1.0)
+    best = leader(trials, results, lambda trial: money.cost(alone.seconds_to_end(trial)) <= money.left_now)
     if best is None or not worth_finishing(best, trials, results):
-        return 0.0
+        return money
     end = projector.seconds_to_end(best)
-    return end - projector.seconds_to_target(best) if best.state in {"live", "waiting"} else end
+    beyond = end - projector.seconds_to_target(best) if best.state in {"live", "waiting"} else end
+    return replace(money, leader=best.number, finish_seconds=beyond)
 
 
 def projected_spend(money: Funds, trials: Sequence[TrialRow], projector: Projector) -> int:
@@ -73,17 +79,14 @@ def projected_spend(money: Funds, trials: Sequence[TrialRow], projector: Project
     return balances.spent + balances.held + money.cost(beyond) + money.overhead + balances.reserve
 
 
-def affordable(
-    trial: TrialRow, trials: Sequence[TrialRow], results: Results, money: Funds, projector: Projector, eta: int
-) -> bool:
+def affordable(trial: TrialRow, trials: Sequence[TrialRow], money: Funds, projector: Projector) -> bool:
     """Whether a trial that joins can reach its end although all others reach their next decision before it.
 
     `money` is what there is when it has joined.
     """
     others = [t for t in trials if t.number != trial.number]
     ahead = sum(projector.seconds_to_target(t) for t in others if t.state in {"live", "waiting"})
-    best = leader([*others, trial], results, eta)
-    if best is None or best.number != trial.number:
+    if trial.number != money.leader:
         ahead += money.finish_seconds
     if money.cost(ahead + projector.seconds_to_end(trial)) + money.overhead > money.left_now:
         return False
@@ -109,23 +112,29 @@ def not_started(money: Funds, trial: TrialRow, projector: Projector) -> str:
 
 
 def triage(
-    money: Funds, trials: Sequence[TrialRow], results: Results, projector: Projector, eta: int
+    money: Funds, trials: Sequence[TrialRow], results: Results, projector: Projector
 ) -> list[tuple[TrialRow, str]]:
-    """Returns whom to stop and why: first who cannot be brought to an end, then the least promising until it fits."""
+    """Returns whom to stop and why: first who cannot be brought to an end, then the least promising until it fits.
+
+    A pack shares what a step costs whatever it trains, so who is stopped saves less than was charged to it, and leaves
+    more to those that stay: what they need is forecast at the width that is left. Alone, a trial is at its end soonest.
+    """
     running = [t for t in trials if t.state in {"live", "waiting"}]
     stopped: list[tuple[TrialRow, str]] = []
+    alone = projector.among(1.0)
     for trial in running:
-        needed = money.cost(projector.seconds_to_end(trial))
+        needed = money.cost(alone.seconds_to_end(trial))
         if needed > money.left_now:
             stopped.append((trial, f"its end is forecast at {usd(needed)}, {usd(max(money.left_now, 0))} are left"))
     gone = {trial.number for trial, _ in stopped}
     running = [t for t in running if t.number not in gone]
     limit = money.balances.cap
     while running:
-        projected = projected_spend(money, running, projector)
+        sharing = sum(t.config.method == "lora" for t in running)
+        projected = projected_spend(money, running, projector.among(max(min(projector.width, sharing), 1.0)))
         if projected <= limit:
             break
-        worst = max(running, key=lambda t: (promise(t, results, eta), t.number))
+        worst = max(running, key=lambda t: hopeful(t, results))
         place = f"ranked last of {len(running)} at {worst.tokens:,} tokens"
         stopped.append((worst, f"projected {usd(projected)} of {usd(limit)}; {place}"))
         running.remove(worst)

@@ -70,7 +70,7 @@ def last_chances(search: SearchSpec, trials: Sequence[TrialRow], results: Result
     """The paused trials that may still be the best of those that they are compared with, the most promising first."""
     methods: Sequence[Method | None] = search.method if balanced(search) else [None]
     groups = [among(trials, results, method) for method in methods]
-    return [one for mine, theirs in groups for one in rungs.last_chances(mine, theirs, search.eta)]
+    return [one for mine, theirs in groups for one in rungs.last_chances(mine, theirs)]
 
 
 def among(trials: Sequence[TrialRow], results: Results, method: Method | None) -> tuple[list[TrialRow], Results]:

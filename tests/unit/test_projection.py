@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import Connection
 
 from budgets.forecast import Seconds
+from budgets.ledger import Balances
 from sweep import launch, pricing, records, summary, tables, triage
 from sweep.projection import Plan, Projector, projector_of
 from sweep.records import TrialRow
@@ -65,9 +66,11 @@ def test_what_is_ahead_is_the_sum_of_what_is_projected(state: str) -> None:
     lead = {"state": state, "rung": 0, "target": 1 if state in {"live", "waiting"} else 0, "tokens": 1_000, "loss": 2.0}
     leader = trial(1, **lead, slot="w" if state == "live" else None, checkpoint="ckpt-4")
     rows = [trial(0, state="live", slot="w"), leader, trial(2, state="waiting")]
-    finish = triage.finish_seconds(rows, Results([(1, 0, 2.0)]), projector, 2)
+    funds = triage.Funds(Balances(10**12, 0, 0, 10**12, 0, 0, False, {}), 3_600_000, 0, 0, 0)
+    funds = triage.with_finish(funds, rows, Results([(1, 0, 2.0)]), projector)
+    assert funds.leader == 1
     running = [t for t in rows if t.state in {"live", "waiting"}]
-    mean = sum(projector.to_target(t).mean for t in running) + finish
+    mean = sum(projector.to_target(t).mean for t in running) + funds.finish_seconds
     assert math.isclose(projector.ahead(running, leader, launch=False).mean, mean, rel_tol=1e-9)
     launched = projector.ahead(running, leader, launch=True)
     assert math.isclose(launched.mean, mean + projector.load().mean, rel_tol=1e-9)

@@ -90,17 +90,40 @@ def test_triage_prunes_the_least_promising_until_it_fits() -> None:
     results = Results((number, 1, loss) for number, loss in losses.items())
     rows = [trial(n, state="waiting", rung=1, target=2, tokens=2_500, loss=loss) for n, loss in losses.items()]
     funds = money(10**9, 0)
-    assert triage.triage(funds, rows, results, projector, 2) == []
+    assert triage.triage(funds, rows, results, projector) == []
     need = triage.projected_spend(funds, rows, projector)
     tight = money(need - 1, 0)
     end = tight.cost(projector.to_end(rows[0]).mean)
     assert end < need, "all three can still be brought to their end one at a time"
-    stopped = triage.triage(tight, rows, results, projector, 2)
+    stopped = triage.triage(tight, rows, results, projector)
     assert [row.number for row, _ in stopped] == [1]
     assert "ranked last of 3 at 2,500 tokens" in stopped[0][1] and " of $" in stopped[0][1]
     poor = money(end - 1, 0)
-    assert len(triage.triage(poor, rows, results, projector, 2)) == 3
-    assert "its end is forecast at" in triage.triage(poor, rows, results, projector, 2)[0][1]
+    assert len(triage.triage(poor, rows, results, projector)) == 3
+    assert "its end is forecast at" in triage.triage(poor, rows, results, projector)[0][1]
+
+
+def test_nothing_is_kept_back_for_a_leader_that_cannot_be_paid() -> None:
+    """Proves that the money goes to the best that it brings to an end, and who shares a machine is not cheap alone.
+
+    A new leader at 5 % of its run, whose end nobody could pay any more, had all others pruned for the sake of it.
+    """
+    projector = Projector(PLAN, 10_000_000, "cpu", 2)
+    early = trial(0, state="live", rung=0, target=1, tokens=250, loss=2.0)
+    late = trial(1, state="live", rung=1, target=2, tokens=4_000, loss=1.9)
+    results = Results([(0, 0, 2.0), (1, 0, 2.1), (1, 1, 1.9)])
+    need = {t.number: money(10**12, 0).cost(projector.seconds_to_end(t)) for t in (early, late)}
+    rich = triage.with_finish(money(10**12, 0), [early, late], results, projector)
+    assert rich.leader == 1, "the first of the later rung goes before the first of the earlier one"
+    poor = triage.with_finish(money(need[0] - 1, 0), [early], results, projector)
+    assert (poor.leader, poor.finish_seconds) == (None, 0.0)
+    left = triage.with_finish(money(need[1] + 1, 0), [early, late], results, projector)
+    assert [t.number for t, _ in triage.triage(left, [early, late], results, projector)] == [0]
+    alone = Projector(PLAN, 10_000_000, "NVIDIA H100", 16, layers=30)
+    shared, end = alone.among(16.0), money(10**12, 0).cost(alone.seconds_to_end(early))
+    assert 2 * shared.seconds_to_target(early) < alone.seconds_to_target(early)
+    hopeless = triage.triage(money(end - 1, 0), [early], Results([(0, 0, 2.0)]), shared)
+    assert "its end is forecast at" in hopeless[0][1], "nobody is at its end sooner because others share its machine"
 
 
 def loading(paid_ms: int, state: str = "intended") -> WorkerRow:
@@ -126,7 +149,7 @@ def test_a_load_that_is_held_is_not_counted_twice() -> None:
     assert (funds.prepaid_ms, funds.overhead) == (600_000 - 100_000, 0)
     assert needed < funds.prepaid_ms
     assert triage.projected_spend(funds, rows, projector) == 600_000
-    assert triage.triage(funds, rows, Results([]), projector, 2) == []
+    assert triage.triage(funds, rows, Results([]), projector) == []
     short = triage.funds(balances, 3_600_000, loading(60_000), now_ms=40_000, load_seconds=100.0)
     assert (short.prepaid_ms, short.overhead) == (0, 40_000), "what the hold does not cover is still to be paid"
     ready = triage.funds(balances, 3_600_000, loading(600_000, "ready"), now_ms=40_000, load_seconds=100.0)
@@ -134,11 +157,18 @@ def test_a_load_that_is_held_is_not_counted_twice() -> None:
 
 
 def test_promise_orders_across_rungs() -> None:
-    """Proves the estimate behind triage: one that survived a cut beats a newcomer, a newcomer beats a rung's last."""
-    results = Results([(0, 0, 2.0), (1, 0, 3.0), (0, 1, 2.0)])
-    veteran, loser = trial(0, rung=1, loss=2.0), trial(1, rung=0, loss=3.0)
-    values = [rungs.promise(t, results, 2) for t in (veteran, trial(5), loser)]
-    assert values == sorted(values) and len(set(values)) == 3
+    """Proves the estimate behind triage: who came farther goes before an equal, a newcomer before a rung's last.
+
+    One of two that went on is the best of them all, not the best of one: alone at 80 %, with a fifth left to pay, it
+    was pruned for the second of fifty at 5 %.
+    """
+    early = [(number, 0, 2.0 + number) for number in range(6)]
+    results = Results([*early, (0, 1, 1.5), (4, 1, 1.8)])
+    rows = [trial(n, rung=0, loss=2.0 + n) for n in (1, 2, 3, 5)] + [trial(6)]
+    rows += [trial(0, rung=1, loss=1.5), trial(4, rung=1, loss=1.8)]
+    assert [t.number for t in sorted(rows, key=lambda t: rungs.hopeful(t, results))] == [0, 4, 1, 2, 6, 3, 5]
+    best = rungs.leader(rows, results)
+    assert best is not None and best.number == 0
 
 
 def test_a_ladder_follows_from_the_money() -> None:
