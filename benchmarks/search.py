@@ -81,7 +81,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-tpe-sampler": {"sampler": "tpe"},
     "ours-halving": {"promote": "halving", "rungs": [0.05, 0.1, 0.2, 0.4]},
     "ours-early-rung": {"rungs": [0.05]},
-    "ours-early-and-late": {"rungs": [0.05, 0.8]},
+    "ours-middle-rungs": {"rungs": [0.025, 0.1, 0.4]},
 }
 ABLATIONS = tuple(name for name in OURS if name != "ours")
 SEARCHES = ("ours", *(f"{library}:{name}" for library, names in PEERS.items() for name in names), ONE_RUNG)

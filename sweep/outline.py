@@ -360,7 +360,7 @@ class _Forecasts:
         search, plan = self.spec.search, self.projector.plan
         seconds = self.seconds_of(self.spec.budget.cap - self.spec.budget.reserve) - self.start()
         live = seats.places(self.slots, search.live)
-        eta = rungs.EXPECTED if search.promote == "curves" else search.eta
+        eta = rungs.expected(plan.shares) if search.promote == "curves" else search.eta
         even = turns.balanced(search)
         rules = Rules(live, self.slots, eta, rungs.policy(search, plan.shares), search.trials, even)
         return rehearse([self.costs[method] for method in search.method], max(seconds, 0.0) / slower, rules)

@@ -58,7 +58,7 @@ def settle(spec: Spec, facts: dict[str, Any], quote: Quote) -> tuple[Spec, dict[
     notes = list(facts.get("notes", []))
     steps = max(facts["plan"]["examples"] // max(search.batch_size), 1)
     if search.rungs == "auto" and search.promote == "curves":
-        shares: Sequence[float] = rungs.climb(steps)
+        shares: Sequence[float] = rungs.climb(steps, search.warmup)
         where = ", ".join(f"{100 * share:.3g}" for share in shares)
         notes.append(f"auto: evaluated at {where} % of a run; the model of the curves says who goes on")
         search = search.model_copy(update={"rungs": shares})

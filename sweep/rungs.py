@@ -95,8 +95,11 @@ RUNG_STEPS = 8  # a first rung of fewer optimizer steps says nothing
 WIDE = 32  # configurations that a search should see, if its money allows
 BRACKETS = 3
 DERIVED = ("auto", "halving")  # shares that follow from money and speed
-FIRST_STEPS, APART = 3, 4  # where a model of the curves decides: steps of a first rung, and how far rungs are apart
-EXPECTED = 3  # one in so many is expected to go on from a rung then, as on recorded tables (docs/log.md)
+# Where a model of the curves decides: early, when warm-up is over, and late. In mid-decay a high rate looks worse than
+# it ends: on two recorded tasks of three, rungs there lost the best configurations (docs/log.md).
+EARLY, LATE = 0.05, 0.8
+FIRST_STEPS = 3  # of a first rung, where that is no later than GENTLEST
+EXPECTED, EXPECTED_BETWEEN = 6, 3  # one in so many goes on: of those rungs, and of a ladder in between (docs/log.md)
 
 
 @dataclass(frozen=True)
@@ -123,15 +126,18 @@ def ladder(runs: float, steps: int, eta: int | None = None) -> Ladder:
     return next((option for option in options if option.trials >= WIDE), max(options, key=lambda option: option.trials))
 
 
-def climb(steps: int) -> tuple[float, ...]:
-    """Rungs for a model of the curves, which weighs what an early loss says: early ones, and far apart.
+def climb(steps: int, warmup: float = 0.0) -> tuple[float, ...]:
+    """Rungs for a model of the curves, which chooses between trials how many of them go on. `steps` as in `ladder`.
 
-    `steps` as in `ladder`. Between trials it is the model that chooses how many of them go on.
+    `warmup` is the share of the run in which the rate rises: nobody is compared before.
     """
-    shares = [min(max(LOWEST, FIRST_STEPS / steps), GENTLEST)]
-    while shares[-1] * APART <= LONGEST:
-        shares.append(round(shares[-1] * APART, 6))
-    return tuple(shares)
+    first = max(min(max(EARLY, FIRST_STEPS / steps), GENTLEST), warmup)
+    return (first, LATE) if first <= LONGEST else (LATE,)
+
+
+def expected(shares: Sequence[float]) -> int:
+    """One in how many is expected to go on from a rung where a model of the curves decides: as on recorded tables."""
+    return EXPECTED if LATE in shares else EXPECTED_BETWEEN
 
 
 def _laddered(first: float, eta: int, runs: float) -> Ladder:

@@ -13,6 +13,7 @@ from sweep.records import TrialRow, WorkerRow
 from sweep.rungs import Results, hopeful, leader, worth_finishing
 
 NOT_STARTED = "not started"
+SPARE = 1.1  # times what a leader's end is forecast at: of one whose end takes all there is, nobody may come to it
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,11 @@ def funds(
 def with_finish(money: Funds, trials: Sequence[TrialRow], results: Results, projector: Projector) -> Funds:
     """Keeps back what bringing the leader to its end takes beyond its next decision, as long as it may still win.
 
-    The leader of those that the money left brings to their end: for another, nothing is kept back from the others.
+    The leader of those that the money left brings to their end with something to spare: for another, nothing is kept
+    back from the others.
     """
     alone = projector.among(1.0)
-    best = leader(trials, results, lambda trial: money.cost(alone.seconds_to_end(trial)) <= money.left_now)
+    best = leader(trials, results, lambda trial: money.cost(SPARE * alone.seconds_to_end(trial)) <= money.left_now)
     if best is None or not worth_finishing(best, trials, results):
         return money
     end = projector.seconds_to_end(best)

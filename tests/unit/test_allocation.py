@@ -218,7 +218,7 @@ def test_decisions_after_a_kill_are_those_before_it() -> None:
         compared.append(answers[0] is not None)
         return changed
 
-    done = replay.replay(table, 0, 4.0, watch=watch)
+    done = replay.replay(table, 0, 6.0, watch=watch)
     assert done.trials > 8 and any(compared) and not all(compared)
 
 

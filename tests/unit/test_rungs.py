@@ -269,3 +269,11 @@ def test_rungs_that_are_none_are_refused(value: object) -> None:
     """Proves that anything but shares, a known policy or module:Class is refused."""
     with pytest.raises(ValueError, match="rungs"):
         SearchSpec(rungs=value)
+
+
+def test_a_model_of_the_curves_looks_early_and_late() -> None:
+    """At 5 and 80 %; after three steps where a run is short; never within the warm-up, and not in mid-decay for it."""
+    assert rungs.climb(1000) == rungs.climb(60) == (0.05, 0.8)
+    assert rungs.climb(40) == (0.075, 0.8) and rungs.climb(10) == (0.1, 0.8)
+    assert rungs.climb(1000, 0.2) == (0.2, 0.8) and rungs.climb(1000, 0.5) == (0.8,)
+    assert rungs.expected((0.05, 0.8)) > rungs.expected((0.025, 0.1, 0.4))
