@@ -161,7 +161,8 @@ class _Search:
         if leader is not trial:
             ahead += self._finish_seconds(others, leader)
         room = self._next(trial) if trial.rung < 0 else 0.0
-        return ahead + self._to_end(trial) <= self._left and self._ahead([*others, trial]) + room <= self._left
+        in_time = self._alone_to_end(trial) <= self._left and ahead + self._to_end(trial) <= self._left
+        return in_time and self._ahead([*others, trial]) + room <= self._left
 
     # Who is better
 

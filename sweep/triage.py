@@ -59,8 +59,7 @@ def with_finish(money: Funds, trials: Sequence[TrialRow], results: Results, proj
     The leader of those that the money left brings to their end with something to spare: for another, nothing is kept
     back from the others.
     """
-    alone = projector.among(1.0)
-    best = leader(trials, results, lambda trial: money.cost(SPARE * alone.seconds_to_end(trial)) <= money.left_now)
+    best = leader(trials, results, lambda trial: _in_time(trial, money, projector, SPARE))
     if best is None or not worth_finishing(best, trials, results):
         return money
     end = projector.seconds_to_end(best)
@@ -81,11 +80,18 @@ def projected_spend(money: Funds, trials: Sequence[TrialRow], projector: Project
     return balances.spent + balances.held + money.cost(beyond) + money.overhead + balances.reserve
 
 
+def _in_time(trial: TrialRow, money: Funds, projector: Projector, spare: float = 1.0) -> bool:
+    """Whether the money left brings a trial to its end: soonest alone, however many share what its steps cost."""
+    return money.cost(spare * projector.among(1.0).seconds_to_end(trial)) <= money.left_now
+
+
 def affordable(trial: TrialRow, trials: Sequence[TrialRow], money: Funds, projector: Projector) -> bool:
     """Whether a trial that joins can reach its end although all others reach their next decision before it.
 
     `money` is what there is when it has joined.
     """
+    if not _in_time(trial, money, projector):
+        return False
     others = [t for t in trials if t.number != trial.number]
     ahead = sum(projector.seconds_to_target(t) for t in others if t.state in {"live", "waiting"})
     if trial.number != money.leader:
@@ -119,14 +125,13 @@ def triage(
     """Returns whom to stop and why: first who cannot be brought to an end, then the least promising until it fits.
 
     A pack shares what a step costs whatever it trains, so who is stopped saves less than was charged to it, and leaves
-    more to those that stay: what they need is forecast at the width that is left. Alone, a trial is at its end soonest.
+    more to those that stay: what they need is forecast at the width that is left.
     """
     running = [t for t in trials if t.state in {"live", "waiting"}]
     stopped: list[tuple[TrialRow, str]] = []
-    alone = projector.among(1.0)
     for trial in running:
-        needed = money.cost(alone.seconds_to_end(trial))
-        if needed > money.left_now:
+        if not _in_time(trial, money, projector):
+            needed = money.cost(projector.among(1.0).seconds_to_end(trial))
             stopped.append((trial, f"its end is forecast at {usd(needed)}, {usd(max(money.left_now, 0))} are left"))
     gone = {trial.number for trial, _ in stopped}
     running = [t for t in running if t.number not in gone]

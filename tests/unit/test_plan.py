@@ -94,6 +94,22 @@ class _Nobody:
         return False
 
 
+@pytest.mark.parametrize("rungs", [(0.05, 0.8), (0.025, 0.1, 0.4)])
+def test_a_rehearsal_of_a_wide_pack_ends_whatever_it_has(rungs: tuple[float, ...]) -> None:
+    """Proves that nobody is promoted for whom triage has no time, where a pack is far cheaper a trial than one alone.
+
+    Such a trial was promoted and parked in turn for ever, and a launch never came to its question.
+    """
+    stretches = tuple(100 * (end - start) for start, end in zip((0.0, *rungs), (*rungs, 1.0), strict=True))
+    packed = tuple(seconds / 12 for seconds in stretches)
+    costs = Costs(packed=packed, alone=stretches, kept=(0.02,) * len(stretches), park=0.0, restore=0.1, parks=True)
+    for seconds in range(20, 900, 40):
+        found = rehearse([costs], float(seconds), Rules(live=40, slots=32, eta=6))
+        spent = sum(found.spent) + found.beside + found.left
+        assert spent == pytest.approx(seconds, rel=0.01)
+        assert found.arrived[-1] >= 1 or seconds < 200
+
+
 def test_a_policy_decides_in_the_rehearsal_too() -> None:
     """Proves that who goes on is asked of the study's policy: without promotions most of the money goes to rung 1."""
     free = dataclasses.replace(COSTS, restore=0.0)
