@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import math
 import os
 import signal
 import sys
@@ -119,6 +120,28 @@ def dying_ms(pids: Iterable[int]) -> int:
             for kind, ms_per_gib in _DYING_MS_PER_GIB.items():
                 milliseconds += ms_per_gib * int(held.get(kind, "0").split()[0]) / 2**20
     return round(milliseconds)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Writes all of `data`, in as many pieces as a pipe takes. Raises OSError."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+class Dying:
+    """`dying_ms` of this process, looked up now and then: a worker asks at each step."""
+
+    _LOOK_S = 0.5
+
+    def __init__(self) -> None:
+        self._looked_s, self._found_ms = -math.inf, 0
+
+    def ms(self) -> int:
+        """Returns what it was half a second ago at the latest."""
+        if (now_s := time.monotonic()) >= self._looked_s + self._LOOK_S:
+            self._looked_s, self._found_ms = now_s, dying_ms([os.getpid()])
+        return self._found_ms
 
 
 def descendants(ancestor: int) -> list[int]:

@@ -50,8 +50,21 @@ class Saver:
 
     threads = 4  # that write at once: forcing files to the disk is waiting, not work
 
-    def __init__(self, meter: Meter, trials: Mapping[int, LiveTrial], first_guess_ms: int, *, background: bool) -> None:
-        """`trials` are the live ones, by number. Without `background` every write is waited for."""
+    def __init__(
+        self,
+        meter: Meter,
+        trials: Mapping[int, LiveTrial],
+        first_guess_ms: int,
+        trim: Callable[[Path], None],
+        *,
+        background: bool,
+    ) -> None:
+        """`trials` are the live ones, by number. Without `background` every write is waited for.
+
+        `trim` is called with a trial's folder when a write is done, in the same thread: it must leave the last
+        checkpoint but one, which is the newest that anybody was told of.
+        """
+        self._trim = trim
         self._guess_ms = first_guess_ms
         self._longest_ms: dict[Method, int] = {}  # that a write of a trial of the method took lately
         self._meter = meter
@@ -104,8 +117,9 @@ class Saver:
         if write is None:
             self._saved(trial, path, trial.at.step, taken_ms)
             then(taken_ms, taken_ms)
+            self._trim(trial.folder)
             return
-        result = self._pool.submit(_timed, write, path)
+        result = self._pool.submit(_timed, write, path, self._trim)
         self._writes.append(Written(trial, trial.at.step, path, lambda write_ms: then(taken_ms, write_ms), result))
 
     def collect(self, number: int | None = None, *, wait: bool = False) -> None:
@@ -131,10 +145,12 @@ class Saver:
         self._longest_ms[method] = max(round(self.longest_ms(method) * _DECAY), write_ms)
 
 
-def _timed(write: Callable[[Path], None], path: Path) -> int:
+def _timed(write: Callable[[Path], None], path: Path, trim: Callable[[Path], None]) -> int:
     started_ns = time.monotonic_ns()
     write(path)
-    return (time.monotonic_ns() - started_ns) // _NS_PER_MS
+    taken_ms = (time.monotonic_ns() - started_ns) // _NS_PER_MS
+    trim(path.parent)
+    return taken_ms
 
 
 @contextlib.contextmanager

@@ -66,6 +66,7 @@ _LOOK_S = 0.1  # a signal does not wake a select, and suspend stops it, so waits
 _UNHEARD_S = 600.0  # a worker on a file's meter, which no clock ends, leaves when it has heard nothing for so long
 _SAVING_S = 0.005  # the same while a checkpoint is being written that somebody waits for
 _FIRST_GUESS_MS = 500  # of a checkpoint or an evaluation, before one was measured
+_SWITCH_S = 0.0005  # who trains has the interpreter back after this from threads that read and write; usual are 0.005
 _STEP_DECAY = 0.9  # one slow step (a compilation) must not count as the usual one for ever
 _SAFETY = 1.5  # times the longest measured
 
@@ -93,8 +94,9 @@ class Worker:
         self._stretch: Stretch | None = None  # the present one
         self._progress_mark_ns = 0
         # On a file's meter nothing may vary, so nothing is read or written beside training.
-        self._saver = Saver(meter, self._trials, _FIRST_GUESS_MS, background=job.timings is None)
+        self._saver = Saver(meter, self._trials, _FIRST_GUESS_MS, self._trim, background=job.timings is None)
         self._arrivals = Arrivals(background=job.timings is None)
+        self._dying = processes.Dying()
         self._step_ns = 0
         self._step_mark_ns = 0
 
@@ -195,7 +197,7 @@ class Worker:
         unsaved = sum(t.saved_step != t.at.step or not (t.standing or t.arrived()) for t in self._trials.values())
         # A trial whose last write is still under way must wait for that one first.
         rounds = math.ceil(unsaved / self._saver.at_once(self._engine())) + self._saver.busy if unsaved else 0
-        leaving_ms = self._job.grace_ms + processes.dying_ms([os.getpid()])
+        leaving_ms = self._job.grace_ms + self._dying.ms()
         return self._paid_ms - leaving_ms - rounds * self._saver.longest_ms(self._method or "lora") * _SAFETY
 
     def _reason_to_end(self) -> Literal["stop", "paid_time"] | None:
@@ -407,7 +409,6 @@ class Worker:
                 occupancy=occupancy(self._loaded.engines),
             )
             trial.begin_again()
-            self._remove_older(trial.folder, _KEEP_CHECKPOINTS)
 
         if keeps:
             self._save(trial, say)
@@ -434,7 +435,6 @@ class Worker:
             # The model alone tells nothing of what a whole state takes.
             whole_ms = 0 if trial.at.done and trial.config.method == "full" else checkpoint_ms
             self._emit(Checkpointed, **place, checkpoint=trial.saved, checkpoint_ms=whole_ms)
-            self._remove_older(trial.folder, _KEEP_CHECKPOINTS)
 
         self._save(trial, say)
 
@@ -452,7 +452,9 @@ class Worker:
         self._saver.collect(trial.number, wait=True)
         self._release(trial)
         self._emit(Paused, **trial.place(), checkpoint=trial.saved, checkpoint_ms=sum(taken_ms))
-        self._remove_older(trial.folder, _KEEP_CHECKPOINTS)
+
+    def _trim(self, folder: Path) -> None:
+        self._remove_older(folder, _KEEP_CHECKPOINTS)
 
     def _clear(self, trial: LiveTrial) -> None:
         """Removes what a full-parameter trial that is over wrote on its way, 14 bytes a parameter."""
@@ -475,9 +477,7 @@ class Worker:
 
     def _emit(self, kind: Callable[..., Event], **fields: Any) -> None:
         at_ms, usage = self._meter.usage()
-        left = memoryview(kind(at_ms=at_ms, usage=usage, **fields).line().encode())
-        while left:
-            left = left[os.write(self._stdout, left) :]
+        processes.write_all(self._stdout, kind(at_ms=at_ms, usage=usage, **fields).line().encode())
 
 
 def main(arguments: list[str]) -> int:
@@ -488,6 +488,7 @@ def main(arguments: list[str]) -> int:
     folder = Path(arguments[0])
     processes.hold_lock(folder / "worker.lock", wait_s=1.0)
     job = load_job((folder / "job.json").read_text())
+    sys.setswitchinterval(_SWITCH_S)
     return Worker(job, open_meter(job), 0, stdout).run()
 
 
