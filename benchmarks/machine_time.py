@@ -8,7 +8,8 @@ it reads what the workers said. One JSON line a worker, printed and appended to 
 
     start_up_seconds    from the launch until the worker was ready, and what of it was charged to what
     usage_seconds       by cost centre, trials together
-    beside_share        of machine time since the first trial was admitted, what was no trial's training or evaluation
+    beside_share        of machine time since the first trial was admitted, what was no trial's training or evaluation,
+                        nor the scoring of the base model
     gpu_busy            since then, the mean of nvidia-smi's utilization.gpu: the share of time in which a kernel ran;
                         null without a GPU
     occupancy           real tokens over tokens computed
@@ -33,7 +34,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainers.messages import Admitted, Dropped, Ended, Evaluated, Event, Failed, Paused, Ready, parse_event
+from trainers.messages import (
+    Admitted,
+    BaseExamined,
+    Dropped,
+    Ended,
+    Evaluated,
+    Event,
+    Failed,
+    Paused,
+    Ready,
+    parse_event,
+)
 
 _LOOK_S = 0.5
 
@@ -94,6 +106,8 @@ def worker_line(folder: Path, looks: Sequence[tuple[float, float]]) -> dict[str,
     last = events[-1]
     before, after = _grouped(first.usage), _grouped(last.usage)
     passed = (last.at_ms - first.at_ms) / 1000
+    scored = sum(e.examine_ms for e in events if isinstance(e, BaseExamined)) / 1000
+    worked = after.get("trials", 0.0) - before.get("trials", 0.0) + scored
     busy = [percent for ms, percent in looks if first.at_ms <= ms - origin_ms <= last.at_ms]
     said = [e.occupancy for e in events if isinstance(e, Evaluated | Ended) and e.occupancy is not None]
     gaps = _gaps(events)
@@ -105,7 +119,7 @@ def worker_line(folder: Path, looks: Sequence[tuple[float, float]]) -> dict[str,
         "start_up_usage": _grouped(ready.usage),
         "usage_seconds": after,
         "seconds_after_first_admission": round(passed, 3),
-        "beside_share": round(1 - (after.get("trials", 0.0) - before.get("trials", 0.0)) / passed, 4),
+        "beside_share": round(1 - worked / passed, 4),
         "gpu_busy": round(statistics.mean(busy) / 100, 4) if busy else None,
         "occupancy": round(said[-1], 4) if said else None,
         "empty_slot_seconds": {"count": len(gaps)}

@@ -92,8 +92,8 @@ class Saver:
 
     @property
     def waiting(self) -> bool:
-        """Whether a write came to its end that was not taken up yet."""
-        return any(written.result.done() for written in self._writes)
+        """Whether a write came to its end that a standing trial waits for: any other's is taken up in passing."""
+        return any(written.trial.standing and written.result.done() for written in self._writes)
 
     def save(self, engine: Engine, trial: LiveTrial, then: Callable[[int, int], None]) -> None:
         """Checkpoints the trial unless its last checkpoint is current, and calls `then` when it is on the disk.

@@ -66,7 +66,7 @@ _LOOK_S = 0.1  # a signal does not wake a select, and suspend stops it, so waits
 _UNHEARD_S = 600.0  # a worker on a file's meter, which no clock ends, leaves when it has heard nothing for so long
 _SAVING_S = 0.005  # the same while a checkpoint is being written that somebody waits for
 _FIRST_GUESS_MS = 500  # of a checkpoint or an evaluation, before one was measured
-_SWITCH_S = 0.0005  # who trains has the interpreter back after this from threads that read and write; usual are 0.005
+_SWITCH_S = 5e-5  # after which threads that read and write give the interpreter back; by default 5e-3 (docs/log.md)
 _STEP_DECAY = 0.9  # one slow step (a compilation) must not count as the usual one for ever
 _SAFETY = 1.5  # times the longest measured
 

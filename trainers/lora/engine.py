@@ -40,6 +40,7 @@ from trainers.splits import Split, batches, cut
 from trainers.training import DROPOUT, MICRO_TOKENS, Run, derive_seed, evaluation, is_out_of_memory, rate
 
 T = TypeVar("T")
+_Ready = tuple[adapter_files.Content, list[NDArray[np.int64]]]  # of a trial that comes, and its batches
 _REPORTS_AHEAD = 2  # steps whose figures may still be on their way from the GPU
 
 
@@ -87,7 +88,7 @@ class LoraEngine:
         self._layout = Layout(groups)
         self._packed = [PackedGroup(group) for group in groups]
         self._trials: dict[int, Live] = {}
-        self._ready: dict[tuple[TrialConfig, Path | None], adapter_files.Content] = {}
+        self._ready: dict[tuple[TrialConfig, Path | None], _Ready] = {}
         self._reports: deque[_Report] = deque()
         self._failures: list[TrialFailed] = []
         self._known_endings: dict[Targets, list[str]] = {}
@@ -154,14 +155,13 @@ class LoraEngine:
         return live.position
 
     def _build(self, config: TrialConfig, index: int, checkpoint: Path | None) -> Live:
-        content = self._ready.pop((config, checkpoint), None)
+        ready = self._ready.pop((config, checkpoint), None)
         if config.examples < 1 or config.batch_size < 1:
             raise ValueError(f"examples {config.examples} and batch_size {config.batch_size} must be at least 1")
-        if content is None:
-            content = adapter_files.content_of(config, self._layout, self.train.rows, checkpoint)
+        content, plan = ready or self._make_ready(config, checkpoint)
         slot = Slot.empty(config, self._layout, self.base.model.dtype, self.base.device)
         adapter_files.fill(slot, content)
-        state, plan = content.state, batches(config, self.train.rows)
+        state = content.state
         health = Health(len(plan), resumed=state.step > 0)
         return Live(
             config=config, index=index, slot=slot, batches=plan, health=health, step=state.step, tokens=state.tokens
@@ -177,10 +177,13 @@ class LoraEngine:
 
         def work() -> None:
             with suppress(CheckpointError, OSError, SafetensorError, ValueError):
-                content = adapter_files.content_of(config, self._layout, self.train.rows, checkpoint)
-                self._ready[config, checkpoint] = content
+                self._ready[config, checkpoint] = self._make_ready(config, checkpoint)
 
         return work if self.slots > 1 else None
+
+    def _make_ready(self, config: TrialConfig, checkpoint: Path | None) -> _Ready:
+        content = adapter_files.content_of(config, self._layout, self.train.rows, checkpoint)
+        return content, batches(config, self.train.rows)
 
     def target(self, trial: int, until_tokens: int | None) -> None:
         """Sets where the trial stands still next; None is its end."""
