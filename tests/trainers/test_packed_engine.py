@@ -16,6 +16,7 @@ from tiny import Trained, apart, curve, far, in_double, lora_trial, peft_over, p
 from transformers import AutoModelForCausalLM
 
 from trainers.engine import TrialFailed
+from trainers.lora import adapter_files
 from trainers.lora import engine as lora_engine
 from trainers.lora.bank import padded
 from trainers.lora.engine import LoraEngine
@@ -220,6 +221,14 @@ def test_a_snapshot_is_of_its_moment(make: Make, tmp_path: Path) -> None:
         then, moved, stood, now = (load_file(tmp_path / folder / name) for folder in ("then", "moving", "still", "now"))
         assert all(torch.equal(then[key], moved[key]) and torch.equal(then[key], stood[key]) for key in then)
         assert any(not torch.equal(then[key], now[key]) for key in then)
+
+
+@pytest.mark.parametrize("size", [1, adapter_files.PIECE, 2 * adapter_files.PIECE + 3])
+def test_what_is_copied_in_pieces_is_the_whole(size: int) -> None:
+    """Proves that a copy has all of a buffer, its last piece too, and shares nothing with it."""
+    buffer = torch.arange(size, dtype=torch.float32)
+    copied = adapter_files.piecewise(buffer)
+    assert torch.equal(copied, buffer) and copied.data_ptr() != buffer.data_ptr()
 
 
 def test_a_trial_made_ready_by_a_thread_is_the_same(make: Make, tmp_path: Path) -> None:

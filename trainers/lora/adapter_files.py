@@ -23,6 +23,7 @@ from trainers.messages import TrialConfig
 
 ADAPTER = "adapter_model.safetensors"
 WEIGHTS = "weights"
+PIECE = 1 << 20  # elements that are copied at a time
 
 
 def lora_config(config: TrialConfig, endings: list[str]) -> LoraConfig:
@@ -86,7 +87,15 @@ class Buffers:
             return Buffers(self.weights, self.moments)
         with torch.cuda.stream(torch.cuda.Stream(self.weights.device, priority=-1)):
             torch.cuda.current_stream().wait_event(self.ready)
-            return Buffers(self.weights.cpu(), {name: moment.cpu() for name, moment in self.moments.items()})
+            return Buffers(piecewise(self.weights), {name: piecewise(each) for name, each in self.moments.items()})
+
+
+def piecewise(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the host of a flat tensor, which is waited for. While such a copy runs no thread launches anything."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+    for piece, source in zip(copy.split(PIECE), tensor.detach().split(PIECE), strict=True):
+        piece.copy_(source)
+    return copy
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

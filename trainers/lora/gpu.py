@@ -144,8 +144,10 @@ class GpuRunner:
 
     def seat(self, index: int, slot: Slot | None) -> None:
         """Puts a trial's buffers in a slot, or frees it."""
-        row = [0] * 6 if slot is None else slot_row(slot)
-        self._table[index] = torch.tensor(row, dtype=torch.int64)
+        if slot is None:
+            self._table[index] = 0
+        else:
+            self._table[index] = torch.tensor(slot_row(slot), dtype=torch.int64)
         self._scales[index] = 0.0 if slot is None else slot.scale
         self._dropout[index] = 0.0 if slot is None else slot.config.dropout
         self._drops[index] = self._dropout[index]
