@@ -137,7 +137,8 @@ def climb(steps: int, warmup: float = 0.0) -> tuple[float, ...]:
 
 def expected(shares: Sequence[float]) -> int:
     """One in how many is expected to go on from a rung where a model of the curves decides: as on recorded tables."""
-    return EXPECTED if LATE in shares else EXPECTED_BETWEEN
+    late = any(math.isclose(share, LATE, abs_tol=0.01) for share in shares)  # they are of whole tokens
+    return EXPECTED if late else EXPECTED_BETWEEN
 
 
 def _laddered(first: float, eta: int, runs: float) -> Ladder:
