@@ -92,16 +92,15 @@ def test_methods_take_turns_in_packs(tmp_path: Path) -> None:
     assert found["held"] == 0 and spent(found["accounts"]) == machine_micros(found["workers"])
 
 
-@pytest.mark.parametrize(("cap", "rungs"), [("$0.06", "auto"), ("$0.06", [0.05, 0.8]), ("$0.05", [0.05, 0.8])])
-def test_a_pack_spends_its_cap(tmp_path: Path, cap: str, rungs: Any) -> None:
-    """Proves that what is kept back for the end of a slice is not a first guess for ever, checkpoints that cost nothing
-    are measured too, and that in a pack much wider than the money a trial is brought to its end all the same."""
+@pytest.mark.alone  # on a file's meter a trial trains as far as the orchestrator, slowed by others, lets it
+def test_a_pack_spends_its_cap(tmp_path: Path) -> None:
+    """Proves that what is kept back for the end of a slice is not a first guess for ever: checkpoints that cost nothing
+    are measured too, the paid time grows as the tail shrinks, and asking begins again as trials leave the pack."""
     # Real time too, or the machine's runs away from the orchestrator's: 0.2 s for each of its seconds.
-    spec = write_spec(tmp_path, cap=cap, timings=True, sleep=2e-4, machine={"slots": 16}, rungs=rungs)
+    spec = write_spec(tmp_path, cap="$0.06", timings=True, sleep=2e-4, machine={"slots": 16})
     (tmp_path / "timings.json").write_text(json.dumps(TIMINGS | {"evaluate": 0.0, "checkpoint": 0.0, "restore": 0.0}))
     sweep("launch", str(spec), "--yes", cwd=tmp_path)
     found = read(tmp_path)
     assert len(found["workers"]) == 1
     assert any(trial.state == "completed" for trial in found["trials"])
-    cap_micros = round(float(cap[1:]) * 1e6)
-    assert 0.85 * cap_micros < spent(found["accounts"]) <= cap_micros
+    assert 51_000 < spent(found["accounts"]) <= 60_000

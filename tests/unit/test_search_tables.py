@@ -202,6 +202,19 @@ def test_a_replay_is_a_whole_study(small: Table) -> None:
     assert len({seen.row for seen in done.seen}) == len({seen.row for seen in done.seen if seen.share < 0.06}) > 2
 
 
+@pytest.mark.parametrize(("runs", "seeds"), [(3, (8,)), (4, (1, 5)), (6, (2,)), (9, (7,))])
+def test_a_pack_much_wider_than_the_money_brings_somebody_to_an_end(runs: int, seeds: tuple[int, ...]) -> None:
+    """Proves that a winner's end stays paid while sixteen trials share the machine and the cap is a few whole runs.
+
+    On these seeds of a recorded task none came to its end, or none did when what is kept back was tried in other ways.
+    """
+    (table,) = tables.find(["define"])
+    for seed in seeds:
+        done = replay.replay(table.lasting(600.0), seed, runs, 16)
+        assert any(seen.share == 1 for seen in done.seen), f"seed {seed}"
+        assert done.spent > 0.6 * runs * 0.6
+
+
 def test_parts_can_be_switched_off(small: Table) -> None:
     """Proves that the ablation changes what it says: without rungs whole runs alone, without promotion
     others, and that chance is not the model."""
