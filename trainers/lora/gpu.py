@@ -145,12 +145,13 @@ class GpuRunner:
     def seat(self, index: int, slot: Slot | None) -> None:
         """Puts a trial's buffers in a slot, or frees it."""
         if slot is None:
-            self._table[index] = 0
+            self._table[index].zero_()
         else:
             self._table[index] = torch.tensor(slot_row(slot), dtype=torch.int64)
-        self._scales[index] = 0.0 if slot is None else slot.scale
         self._dropout[index] = 0.0 if slot is None else slot.config.dropout
-        self._drops[index] = self._dropout[index]
+        # Filled, as assigning a number to an element waits for the device (docs/log.md).
+        self._scales[index].fill_(0.0 if slot is None else slot.scale)
+        self._drops[index].fill_(self._dropout[index])
         if slot is not None and padded(slot.rank) > self._rank:
             self._rank = 1 << (padded(slot.rank) - 1).bit_length()
             self._forget()
