@@ -132,7 +132,7 @@ def test_a_full_parameter_trial_is_written_when_it_is_put_aside(make_bench: Call
 
 
 def test_due_checkpoints(make_bench: Callable[..., Bench]) -> None:
-    """A live trial is checkpointed every checkpoint_ms of training; only the newest two stay."""
+    """A live trial is checkpointed every checkpoint_ms of training; only the newest two stay, told or not yet."""
     bench = make_bench(**SLOW)
     bench.start(checkpoint_ms=200)
     bench.admit(0, examples=100_000)
@@ -140,7 +140,9 @@ def test_due_checkpoints(make_bench: Callable[..., Bench]) -> None:
     bench.launcher.send(bench.folder, Drop(fence=1, trial=0))
     bench.wait_event("dropped")
     left = sorted(path.name for path in (bench.root / "trial 0").glob("ckpt-*"))
-    assert left == [Path(event.checkpoint).name for event in bench.events if event.type == "checkpointed"][-2:]
+    told = [Path(event.checkpoint).name for event in bench.events if event.type == "checkpointed"]
+    # One may have been written since, which nobody was told of before the trial left.
+    assert left == told[-2:] or (len(left) == 2 and left[0] == told[-1] < left[1])
 
 
 def test_nothing_stays_of_a_full_parameter_trial_that_was_stopped(make_bench: Callable[..., Bench]) -> None:
