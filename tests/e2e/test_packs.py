@@ -95,12 +95,14 @@ def test_methods_take_turns_in_packs(tmp_path: Path) -> None:
 @pytest.mark.alone  # on a file's meter a trial trains as far as the orchestrator, slowed by others, lets it
 def test_a_pack_spends_its_cap(tmp_path: Path) -> None:
     """Proves that what is kept back for the end of a slice is not a first guess for ever: checkpoints that cost nothing
-    are measured too, the paid time grows as the tail shrinks, and asking begins again as trials leave the pack."""
-    # Real time too, or the machine's runs away from the orchestrator's: 0.2 s for each of its seconds.
+    are measured too, the paid time grows as the tail shrinks, and asking begins again as trials leave the pack.
+
+    Whether somebody came to an end depends on how far the machine's time, here five times real time, runs ahead of
+    the orchestrator, and is tested on replays (tests/unit/test_search_tables.py).
+    """
     spec = write_spec(tmp_path, cap="$0.06", timings=True, sleep=2e-4, machine={"slots": 16})
     (tmp_path / "timings.json").write_text(json.dumps(TIMINGS | {"evaluate": 0.0, "checkpoint": 0.0, "restore": 0.0}))
     sweep("launch", str(spec), "--yes", cwd=tmp_path)
     found = read(tmp_path)
     assert len(found["workers"]) == 1
-    assert any(trial.state == "completed" for trial in found["trials"])
     assert 51_000 < spent(found["accounts"]) <= 60_000
