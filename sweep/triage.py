@@ -59,7 +59,7 @@ def with_finish(money: Funds, trials: Sequence[TrialRow], results: Results, proj
     The leader of those that the money left brings to their end with something to spare: for another, nothing is kept
     back from the others.
     """
-    best = leader(trials, results, lambda trial: _in_time(trial, money, projector, SPARE))
+    best = leader(trials, results, lambda trial: _end_alone(trial, money, projector, SPARE) <= money.left_now)
     if best is None or not worth_finishing(best, trials, results):
         return money
     end = projector.seconds_to_end(best)
@@ -80,9 +80,9 @@ def projected_spend(money: Funds, trials: Sequence[TrialRow], projector: Project
     return balances.spent + balances.held + money.cost(beyond) + money.overhead + balances.reserve
 
 
-def _in_time(trial: TrialRow, money: Funds, projector: Projector, spare: float = 1.0) -> bool:
-    """Whether the money left brings a trial to its end: soonest alone, however many share what its steps cost."""
-    return money.cost(spare * projector.among(1.0).seconds_to_end(trial)) <= money.left_now
+def _end_alone(trial: TrialRow, money: Funds, projector: Projector, spare: float = 1.0) -> int:
+    """What must be left for a trial to come to its end: it is there soonest alone, however many share its steps."""
+    return money.cost(spare * projector.among(1.0).seconds_to_end(trial))
 
 
 def affordable(trial: TrialRow, trials: Sequence[TrialRow], money: Funds, projector: Projector) -> bool:
@@ -90,7 +90,7 @@ def affordable(trial: TrialRow, trials: Sequence[TrialRow], money: Funds, projec
 
     `money` is what there is when it has joined.
     """
-    if not _in_time(trial, money, projector):
+    if _end_alone(trial, money, projector) > money.left_now:
         return False
     others = [t for t in trials if t.number != trial.number]
     ahead = sum(projector.seconds_to_target(t) for t in others if t.state in {"live", "waiting"})
@@ -130,8 +130,7 @@ def triage(
     running = [t for t in trials if t.state in {"live", "waiting"}]
     stopped: list[tuple[TrialRow, str]] = []
     for trial in running:
-        if not _in_time(trial, money, projector):
-            needed = money.cost(projector.among(1.0).seconds_to_end(trial))
+        if (needed := _end_alone(trial, money, projector)) > money.left_now:
             stopped.append((trial, f"its end is forecast at {usd(needed)}, {usd(max(money.left_now, 0))} are left"))
     gone = {trial.number for trial, _ in stopped}
     running = [t for t in running if t.number not in gone]
