@@ -63,7 +63,7 @@ def work() -> tuple[Layout, list[Slot], Stream]:
         for _, first, second in slot.pairs(slot.weights.detach()):
             first.copy_(torch.randn(first.shape) * 0.1)
             second.copy_(torch.randn(second.shape) * 0.1)
-        slot.refresh()
+        slot.put(slot.weights.clone())
         slots.append(slot)
     return made, slots, stream_of(slots, [(0, 70), (70, 100), (100, 233)], 256)
 

@@ -115,8 +115,7 @@ def test_a_pack_in_fp32_is_as_close_to_peft_as_peft_to_itself(make: Make, by_pef
 
 def padding(slot: Any) -> Iterator[torch.Tensor]:
     """The rows past the trial's rank of everything that a slot keeps."""
-    state = slot.optimizer.state[slot.weights]
-    for buffer in (slot.weights.detach(), slot.gradient, slot.copy, state["exp_avg"], state["exp_avg_sq"]):
+    for buffer in (slot.weights, slot.gradient, slot.copy, *slot.moments.values()):
         for group in slot.layout.groups:
             if (first := slot.first(buffer, group)) is not None:
                 yield first[:, slot.rank :]

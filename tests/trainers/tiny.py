@@ -181,8 +181,7 @@ class Trained:
 def taken(engine: Any, trial: int, losses: list[float]) -> Trained:
     """Copies what a live trial is now."""
     slot = engine._trials[trial].slot
-    state = slot.optimizer.state[slot.weights]
-    moments = {f"{n}.{m}": t.clone() for m in MOMENTS for n, t in named(slot, state[m]).items()}
+    moments = {f"{n}.{m}": t.clone() for m in MOMENTS for n, t in named(slot, slot.moments[m]).items()}
     return Trained(losses, adapter(engine, trial), moments)
 
 

@@ -62,10 +62,9 @@ class Buffers:
     @classmethod
     def of(cls, slot: Slot, *, still: bool) -> Buffers:
         """Takes down what the slot holds now: copies, for which nobody waits here, or what is `still`, itself."""
-        state = slot.optimizer.state.get(slot.weights, {})
         take = torch.Tensor.detach if still else _copy
         weights = take(slot.weights)
-        moments = {moment: take(state[moment]) for moment in MOMENTS if moment in state}
+        moments = {name: take(moment) for name, moment in slot.moments.items()}
         ready = None
         if slot.weights.is_cuda:
             ready = torch.cuda.Event()
@@ -161,11 +160,7 @@ def content_of(config: TrialConfig, layout: Layout, rows: int, checkpoint: Path 
 
 
 def fill(slot: Slot, content: Content) -> None:
-    """Puts the content into the trial's slot and its optimizer."""
+    """Puts the content into the trial's slot."""
     slot.put(content.weights)
     if content.moments:
-        device, dtype = slot.weights.device, slot.weights.dtype
-        slot.optimizer.state[slot.weights] = {
-            "step": torch.tensor(float(content.state.step), device=device),
-            **{name: moment.to(device, dtype) for name, moment in content.moments.items()},
-        }
+        slot.remember(content.state.step, content.moments)

@@ -131,9 +131,11 @@ class Slot:
 
     config: TrialConfig
     layout: Layout
-    weights: nn.Parameter
+    weights: torch.Tensor
+    gradient: torch.Tensor  # what backward adds to
     copy: torch.Tensor
-    optimizer: torch.optim.AdamW
+    moments: dict[str, torch.Tensor] = field(default_factory=dict)  # AdamW's by MOMENTS; none before the first step
+    steps: torch.Tensor | None = None  # [] fp32: how many were taken, as AdamW's kernel takes it
 
     @classmethod
     def empty(cls, config: TrialConfig, layout: Layout, dtype: torch.dtype, device: torch.device) -> Slot:
@@ -142,14 +144,9 @@ class Slot:
         assert config.targets is not None and config.rank is not None
         compute = torch.bfloat16 if dtype == torch.bfloat16 else dtype
         masters = torch.float32 if compute == torch.bfloat16 else compute
-        weights = nn.Parameter(torch.zeros(layout.elements(config.targets, config.rank), dtype=masters, device=device))
-        weights.grad = torch.zeros_like(weights)
-        copy = weights.detach() if compute == masters else torch.zeros_like(weights, dtype=compute)
-        # One flat parameter: torch's own fused AdamW steps a whole adapter in one kernel.
-        optimizer = torch.optim.AdamW(
-            [weights], lr=config.learning_rate, weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda")
-        )
-        return cls(config, layout, weights, copy.requires_grad_(False), optimizer)
+        weights = torch.zeros(layout.elements(config.targets, config.rank), dtype=masters, device=device)
+        copy = weights if compute == masters else torch.zeros_like(weights, dtype=compute)
+        return cls(config, layout, weights, torch.zeros_like(weights), copy)
 
     @classmethod
     def fresh(cls, config: TrialConfig, layout: Layout, dtype: torch.dtype, device: torch.device) -> Slot:
@@ -157,12 +154,6 @@ class Slot:
         slot = cls.empty(config, layout, dtype, device)
         slot.put(initial(config, layout))
         return slot
-
-    @property
-    def gradient(self) -> torch.Tensor:
-        """What backward adds to, in the masters' precision."""
-        assert self.weights.grad is not None
-        return self.weights.grad
 
     @property
     def rank(self) -> int:
@@ -204,17 +195,18 @@ class Slot:
         """
         return pairs(self.config, self.layout, buffer)
 
-    @torch.no_grad()
     def put(self, weights: torch.Tensor) -> None:
         """Takes weights [elements] from the host: one copy, where one for each linear would keep the device waiting."""
         self.weights.copy_(weights)
-        self.refresh()
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Rounds the weights into the copy that is computed with."""
-        if self.copy.dtype != self.weights.dtype:
+        if self.copy is not self.weights:
             self.copy.copy_(self.weights)
+
+    def remember(self, steps: int, moments: dict[str, torch.Tensor]) -> None:
+        """Takes AdamW's moments [elements] after so many steps, from wherever they are."""
+        device, dtype = self.weights.device, self.weights.dtype
+        self.moments = {name: moment.to(device, dtype) for name, moment in moments.items()}
+        # Filled, as a number from the host is waited for.
+        self.steps = torch.full((), float(steps), dtype=torch.float32, device=device)
 
 
 def check(config: TrialConfig, layout: Layout) -> None:

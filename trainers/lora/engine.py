@@ -25,6 +25,7 @@ from trainers.engine import Evaluation, Kept, Position, TrialFailed, Warm
 from trainers.generation import greedy
 from trainers.health import Health
 from trainers.lora import adapter_files, packing
+from trainers.lora.adamw import update
 from trainers.lora.adapted import adapted
 from trainers.lora.bank import Layout, Slot
 from trainers.lora.head import score
@@ -96,6 +97,7 @@ class LoraEngine:
         self._computed = 0
         self._runner: Runner = self._make_runner()
         self._sums = torch.zeros(slots + 1, dtype=torch.float64, device=base.device)
+        self._sums_of = self._sums.unbind()  # views
         self._verify()
 
     def _make_runner(self) -> Runner:
@@ -307,29 +309,21 @@ class LoraEngine:
     @torch.no_grad()
     def _step(self, complete: list[Live]) -> None:
         """The optimizer steps of trials whose batches are complete; nothing here waits for a GPU."""
-        figures = []
+        norms = update([live.slot for live in complete], [self._rate(live) for live in complete])
+        sums = [self._sums_of[live.index] for live in complete]
+        figures = torch.stack((torch.stack(sums), torch.stack(norms).double()), dim=1)
+        torch._foreach_zero_(sums)
         for live in complete:
-            gradient = live.slot.gradient
-            norm = torch.linalg.vector_norm(gradient)
-            figures.append(torch.stack((self._sums[live.index], norm.double())))
-            # As torch's clip_grad_norm_. A NaN stays one: the trial is given up when its figures arrive.
-            gradient.mul_(torch.clamp(live.config.clip_norm / (norm + 1e-6), max=1.0))
-            live.slot.optimizer.param_groups[0]["lr"] = self._rate(live)
-            live.slot.optimizer.step()
-            gradient.zero_()
-            live.slot.refresh()
-            self._sums[live.index].zero_()
             live.step += 1
             assert live.batch is not None
             live.tokens += sum(live.batch.lengths)
             live.batch = None
-        stacked = torch.stack(figures)
         arrived = None
-        if stacked.is_cuda:
-            stacked = stacked.to("cpu", non_blocking=True)
+        if figures.is_cuda:
+            figures = figures.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._reports.append(_Report([(live, live.step) for live in complete], stacked, arrived))
+        self._reports.append(_Report([(live, live.step) for live in complete], figures, arrived))
 
     def _rate(self, live: Live) -> float:
         return rate(live.config, live.step, len(live.batches))
