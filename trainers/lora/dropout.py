@@ -8,6 +8,8 @@ on the CPU as in `kernels.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -25,10 +27,19 @@ def _mix(value: torch.Tensor) -> torch.Tensor:
     return value ^ (value >> 16)
 
 
-def keys(seed: int, place: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The 32-bit keys of an example's tokens; `seed` is the step's, `place` the example's in the batch."""
-    start = (seed * 0x9E3779B97F4A7C15 ^ place * 0xD1B54A32D192ED03) & 0xFFFFFFFFFFFFFFFF
-    values = positions.astype(np.uint64) * np.uint64(0xBF58476D1CE4E5B9) + np.uint64(start)
+def keys(
+    seeds: Sequence[int], places: Sequence[int], lengths: NDArray[np.int64], positions: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The 32-bit keys of examples' tokens, [tokens], which stand at `positions` in theirs.
+
+    Each example has its step's seed, its place in the batch and its length, [examples].
+    """
+    starts = [
+        (seed * 0x9E3779B97F4A7C15 ^ place * 0xD1B54A32D192ED03) & 0xFFFFFFFFFFFFFFFF
+        for seed, place in zip(seeds, places, strict=True)
+    ]
+    values = positions.astype(np.uint64) * np.uint64(0xBF58476D1CE4E5B9)
+    values += np.repeat(np.array(starts, dtype=np.uint64), lengths)
     values ^= values >> np.uint64(29)
     values *= np.uint64(0x94D049BB133111EB)
     return (values >> np.uint64(32)).astype(np.int64)

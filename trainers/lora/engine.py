@@ -234,7 +234,7 @@ class LoraEngine:
         for live in training:
             if live.batch is None:
                 rows = [int(row) for row in live.batches[live.step]]
-                live.batch = Batch(rows, [int(self.train.lengths[row]) for row in rows])
+                live.batch = Batch(rows, self.train.lengths[rows].tolist())
         parts = self._parts(training)
         message: str | None = None
         try:
@@ -263,7 +263,7 @@ class LoraEngine:
         for live, places in sorted(taking, key=lambda pair: pair[0].index):
             batch = self._batch(live)
             completion = int(self._completions[batch.rows].sum())
-            seed = derive_seed(live.config.seed, DROPOUT, live.step)
+            seed = derive_seed(live.config.seed, DROPOUT, live.step) if live.config.dropout else 0
             rows = [batch.rows[place] for place in places]
             parts.append(Part(live.index, live.slot, rows, places, seed, 1 / completion))
         return parts
