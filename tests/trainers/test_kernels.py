@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -135,3 +137,42 @@ def test_dropout_masks_are_the_same_as_on_the_cpu(work: tuple[Layout, list[Slot]
         close(found[start:end], expected)
         assert torch.equal(found[start:end] == 0, expected == 0)
     assert 0.2 < float((found[:70] == 0).float().mean()) < 0.4
+
+
+@pytest.mark.parametrize("copy", [torch.bfloat16, torch.float32])
+def test_steps_are_those_of_torchs_optimizer(work: tuple[Layout, list[Slot], Stream], copy: torch.dtype) -> None:
+    """Three steps of three slots at once, at rates, decays and clips of their own, one of which clips nothing, are
+    those of clip_grad_norm_ and torch.optim.AdamW alone; gradients are zero then and the copy is the rounded weights.
+    One whose gradient is NaN at the second step is NaN from there on, and nobody else is.
+    """
+    from trainers.lora import adamw, adamw_kernels
+
+    _, slots, _ = work
+    known = []
+    for number, slot in enumerate(slots):
+        slot.config = replace(slot.config, weight_decay=0.1 * number, clip_norm=10.0 ** (3 * number - 3))
+        slot.copy = slot.weights if copy == torch.float32 else slot.weights.to(copy)
+        weights = nn.Parameter(slot.weights.clone())
+        known.append(torch.optim.AdamW([weights], weight_decay=slot.config.weight_decay))
+    for taken in range(3):
+        for slot, optimizer in zip(slots, known, strict=True):
+            (weights,) = optimizer.param_groups[0]["params"]
+            slot.gradient.copy_(torch.randn(slot.gradient.shape))
+            if taken and slot is slots[1]:
+                slot.gradient[3] = math.nan
+            weights.grad = slot.gradient.clone()
+            adamw.begin(slot)
+        rates = [0.01 * (number + 1) / (taken + 1) for number in range(3)]
+        words = torch.from_numpy(adamw_kernels.fields(slots, rates))
+        norms = adamw_kernels.step(words, 3, copy)
+        for slot, optimizer, rate, norm in zip(slots, known, rates, norms, strict=True):
+            (weights,) = optimizer.param_groups[0]["params"]
+            expected = nn.utils.clip_grad_norm_([weights], slot.config.clip_norm)
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            torch.testing.assert_close(norm, expected, equal_nan=True)
+            torch.testing.assert_close(slot.weights, weights.detach(), equal_nan=True)
+            assert bool(slot.weights.isnan().all()) == bool(taken and slot is slots[1])
+            assert not slot.gradient.any()
+            # The interpreter cuts bf16 off, where a GPU rounds.
+            torch.testing.assert_close(slot.copy.float(), slot.weights, rtol=2**-7, atol=0, equal_nan=True)

@@ -37,7 +37,9 @@ def test_shares_fill_the_cache_for_hopper(tmp_path: Path) -> None:
     shares = [subprocess.Popen([*command, REQUEST % share], env=environment) for share in (0, 1)]
     assert [process.wait() for process in shares] == [0, 0]
     compiled = set(cache.rglob("*.cubin"))
-    assert {path.stem.strip("_") for path in compiled} >= {"down", "up", "outer", "dropped", "forward", "backward_key"}
+    assert {path.stem.strip("_") for path in compiled} >= {
+        *("down", "up", "outer", "dropped", "forward", "backward_key", "squares", "stepped"),
+    }
     again = [sys.executable, "-c", AGAIN, str(model), REQUEST % 0]
     done = subprocess.run(again, env=environment, capture_output=True, text=True, check=True)
     assert "_outer" in done.stdout and "_backward_query" in done.stdout

@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trainers.lora.adamw import update
+from trainers.lora import adamw
 from trainers.lora.attention import NAME, packed, packed_attention
 from trainers.lora.bank import Layout, Slot
 from trainers.lora.linear import PackedGroup, pack, unpack
@@ -207,7 +207,7 @@ def test_adapters_are_counted(targets: Targets) -> None:
     model = AutoModelForCausalLM.from_config(config_of("Qwen3", 2), dtype=torch.bfloat16)
     base = Base("x", model, None, model.get_decoder(), model.lm_head, torch.device("cpu"))  # type: ignore[arg-type]
     slot = Slot.fresh(trial(20, targets), Layout(find_groups(base)), torch.bfloat16, torch.device("cpu"))
-    update([slot], [1e-3])
+    adamw.step(slot, 1e-3)
     buffers = [slot.weights, slot.gradient, slot.copy, *slot.moments.values()]
     assert slot_bytes(shape("Qwen3", 2), targets, 20) == sum(t.untyped_storage().nbytes() for t in buffers)
 

@@ -1,13 +1,10 @@
-"""Optimizer steps of many trials at once: gradients clipped as by clip_grad_norm_, weights as by torch.optim.AdamW.
+"""A trial's optimizer step: its gradient clipped as by clip_grad_norm_, its weights as by torch.optim.AdamW.
 
-The kernels are torch's own. An optimizer for each trial would spend ten times as long around its kernel as for it, and
-in a pack of short examples thirty trials take a step every 20 ms. So norms, clips and what follows a step are lists of
-tensors, and only AdamW itself is called for each trial, as its kernel takes one rate.
+The kernels are torch's own, without the optimizer around them, which spends ten times as long on each of many trials.
+On a GPU trainers/lora/adamw_kernels.py takes the steps of all trials at once.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 
@@ -15,42 +12,31 @@ from trainers.checkpoints import MOMENTS
 from trainers.lora.bank import Slot
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch.optim.AdamW's own
-_NORM_EPSILON = 1e-6  # clip_grad_norm_'s
+NORM_EPSILON = 1e-6  # clip_grad_norm_'s
+
+
+def begin(slot: Slot) -> None:
+    """Counts a step that is about to be taken; before the first one there are no moments."""
+    if not slot.moments:
+        slot.moments = {name: torch.zeros_like(slot.weights) for name in MOMENTS}
+    slot.steps += 1
 
 
 @torch.no_grad()
-def update(slots: Sequence[Slot], rates: Sequence[float]) -> list[torch.Tensor]:
-    """Takes one step of each slot at its rate; gradients are zero then. Returns their norms before clipping, [] each.
+def step(slot: Slot, rate: float) -> torch.Tensor:
+    """Takes one step at this rate; the gradient is zero then. Returns its norm before clipping, [].
 
-    Nothing waits for a device. A norm that is NaN stays one, and makes the weights so.
+    A norm that is NaN makes the weights so.
     """
-    gradients = [slot.gradient for slot in slots]
-    norms = torch._foreach_norm(gradients)
-    shares = torch._foreach_add(norms, _NORM_EPSILON)
-    torch._foreach_reciprocal_(shares)
-    torch._foreach_mul_(shares, [slot.config.clip_norm for slot in slots])
-    torch._foreach_clamp_max_(shares, 1.0)
-    torch._foreach_mul_(gradients, shares)
-    for slot, rate in zip(slots, rates, strict=True):
-        _step(slot, rate)
-    torch._foreach_zero_(gradients)
-    rounded = [slot for slot in slots if slot.copy is not slot.weights]
-    if rounded:
-        torch._foreach_copy_([slot.copy for slot in rounded], [slot.weights for slot in rounded])
-    return list(norms)
-
-
-def _step(slot: Slot, rate: float) -> None:
-    if slot.steps is None:
-        slot.remember(0, {name: torch.zeros_like(slot.weights) for name in MOMENTS})
-    assert slot.steps is not None
-    slot.steps += 1
+    begin(slot)
+    norm = torch.linalg.vector_norm(slot.gradient)
+    slot.gradient.mul_(torch.clamp(slot.config.clip_norm / (norm + NORM_EPSILON), max=1.0))
     torch._fused_adamw_(
         [slot.weights],
         [slot.gradient],
         *([slot.moments[name]] for name in MOMENTS),
         [],
-        [slot.steps],
+        [torch.tensor(float(slot.steps))],
         lr=rate,
         beta1=BETAS[0],
         beta2=BETAS[1],
@@ -59,3 +45,6 @@ def _step(slot: Slot, rate: float) -> None:
         amsgrad=False,
         maximize=False,
     )
+    slot.gradient.zero_()
+    slot.round()
+    return norm

@@ -162,5 +162,5 @@ def content_of(config: TrialConfig, layout: Layout, rows: int, checkpoint: Path 
 def fill(slot: Slot, content: Content) -> None:
     """Puts the content into the trial's slot."""
     slot.put(content.weights)
-    if content.moments:
-        slot.remember(content.state.step, content.moments)
+    slot.steps = content.state.step
+    slot.moments = {name: moment.to(slot.weights) for name, moment in content.moments.items()}

@@ -135,7 +135,7 @@ class Slot:
     gradient: torch.Tensor  # what backward adds to
     copy: torch.Tensor
     moments: dict[str, torch.Tensor] = field(default_factory=dict)  # AdamW's by MOMENTS; none before the first step
-    steps: torch.Tensor | None = None  # [] fp32: how many were taken, as AdamW's kernel takes it
+    steps: int = 0  # of the optimizer
 
     @classmethod
     def empty(cls, config: TrialConfig, layout: Layout, dtype: torch.dtype, device: torch.device) -> Slot:
@@ -198,15 +198,12 @@ class Slot:
     def put(self, weights: torch.Tensor) -> None:
         """Takes weights [elements] from the host: one copy, where one for each linear would keep the device waiting."""
         self.weights.copy_(weights)
+        self.round()
+
+    def round(self) -> None:
+        """Rounds the weights into the copy that is computed with."""
         if self.copy is not self.weights:
             self.copy.copy_(self.weights)
-
-    def remember(self, steps: int, moments: dict[str, torch.Tensor]) -> None:
-        """Takes AdamW's moments [elements] after so many steps, from wherever they are."""
-        device, dtype = self.weights.device, self.weights.dtype
-        self.moments = {name: moment.to(device, dtype) for name, moment in moments.items()}
-        # Filled, as a number from the host is waited for.
-        self.steps = torch.full((), float(steps), dtype=torch.float32, device=device)
 
 
 def check(config: TrialConfig, layout: Layout) -> None:

@@ -25,7 +25,6 @@ from trainers.engine import Evaluation, Kept, Position, TrialFailed, Warm
 from trainers.generation import greedy
 from trainers.health import Health
 from trainers.lora import adapter_files, packing
-from trainers.lora.adamw import update
 from trainers.lora.adapted import adapted
 from trainers.lora.bank import Layout, Slot
 from trainers.lora.head import score
@@ -315,9 +314,9 @@ class LoraEngine:
     @torch.no_grad()
     def _step(self, complete: list[Live]) -> None:
         """The optimizer steps of trials whose batches are complete; nothing here waits for a GPU."""
-        norms = update([live.slot for live in complete], [self._rate(live) for live in complete])
+        norms = self._runner.step([live.slot for live in complete], [self._rate(live) for live in complete])
         sums = [self._sums_of[live.index] for live in complete]
-        figures = torch.stack((torch.stack(sums), torch.stack(norms).double()), dim=1)
+        figures = torch.stack((torch.stack(sums), norms.double()), dim=1)
         torch._foreach_zero_(sums)
         for live in complete:
             live.step += 1

@@ -19,7 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from trainers.engine import Kept, Warm
-from trainers.lora import attention_kernels  # noqa: F401  (registers the operator that attention.py calls)
+from trainers.lora import (
+    adamw,
+    adamw_kernels,
+    attention_kernels,  # noqa: F401  (registers the operator that attention.py calls)
+)
 from trainers.lora.attention import packed as packed_attention
 from trainers.lora.bank import Slot, padded
 from trainers.lora.head import Targets, chunk_of
@@ -126,7 +130,7 @@ class GpuRunner:
         self._drops = torch.zeros(slots + 1, device=device)
         self._dropout = [0.0] * (slots + 1)
         self._frames: dict[tuple[int, int], Frame] = {}
-        self._staging = [_Staging(), _Staging()]
+        self._staging = [_Staging(), _Staging(), _Staging()]
         self._chunk = chunk_of(base.head.weight.shape[0], "cuda")
         self._pool = torch.cuda.graph_pool_handle()
         self._flying: deque[torch.cuda.Event] = deque()
@@ -314,6 +318,15 @@ class GpuRunner:
                 assert hidden is not None
                 hidden.backward(gradient)
         self.pace()
+
+    def step(self, slots: Sequence[Slot], rates: Sequence[float]) -> torch.Tensor:
+        """Takes an optimizer step of each slot, all at once."""
+        for slot in slots:
+            adamw.begin(slot)
+        words = adamw_kernels.fields(slots, rates)
+        raw = torch.empty(len(words), dtype=torch.int32, device=self._base.device)
+        self._staging[2].send(words, raw)
+        return adamw_kernels.step(raw, len(slots), slots[0].copy.dtype)
 
     def pace(self) -> None:
         """Waits until the device has at most one stream to do."""

@@ -181,9 +181,10 @@ def meta_stream(launches: Launches, length: int) -> Stream:
 def compile_share(model: str, launches: list[Launches], share: int, count: int) -> list[str]:
     """Goes through every `count`-th of the launches from number `share` on; returns the names of all kernels launched.
 
-    A launch is a group's forward and backward in a stream of one length, or attention's. Equal ones are left out.
+    A launch is a group's forward and backward in a stream of one length, or attention's. Equal ones are left out. The
+    optimizer's are the same for all: the first share has them.
     """
-    from trainers.lora import attention_kernels
+    from trainers.lora import adamw_kernels, attention_kernels
     from trainers.lora.linear import PackedGroup, launch_group
 
     groups, attentions = meta_groups(model)
@@ -194,6 +195,9 @@ def compile_share(model: str, launches: list[Launches], share: int, count: int) 
     # Streams of one length after those of another: kernels that both need are compiled by whoever comes first.
     work = [(wanted, length, unit) for wanted in launches for length in wanted.lengths for unit in units]
     names = compile_only(launches[0].target)
+    if share == 0:
+        words = 2 * adamw_kernels.ADDRESSES + adamw_kernels.NUMBERS
+        adamw_kernels.step(torch.empty(words, dtype=torch.int32, device="meta"), 1, torch.bfloat16)
     for wanted, length, unit in work[share::count]:
         stream = meta_stream(wanted, length)
         if isinstance(unit, Group):

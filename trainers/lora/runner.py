@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from trainers.engine import Kept, Warm
+from trainers.lora import adamw
 from trainers.lora.attention import packed as packed_attention
 from trainers.lora.bank import Slot, padded
 from trainers.lora.head import Targets
@@ -41,6 +42,12 @@ class Runner(Protocol):
 
     def backward(self, stream: Stream, gradient: torch.Tensor) -> None:
         """Adds the adapters' gradients to the slots, from the gradient [T, d] of the last forward's hidden states."""
+
+    def step(self, slots: Sequence[Slot], rates: Sequence[float]) -> torch.Tensor:
+        """Takes an optimizer step of each slot at its rate, after which gradients are zero.
+
+        Returns the gradients' norms before they were clipped, [slots].
+        """
 
     def ready(self) -> None:
         """Tells that the model was found to be right: from here on speed counts."""
@@ -103,6 +110,10 @@ class CpuRunner:
         for (part, hidden), slope in zip(forwards, gradient.split([p.tokens for p, _ in forwards]), strict=True):
             self._run_through(part)
             hidden.backward(slope)
+
+    def step(self, slots: Sequence[Slot], rates: Sequence[float]) -> torch.Tensor:
+        """Takes an optimizer step of each slot, one after the other."""
+        return torch.stack([adamw.step(slot, rate) for slot, rate in zip(slots, rates, strict=True)])
 
     def engaged(self) -> AbstractContextManager[None]:
         """The model as `body` runs it, also for the recomputation in a backward pass."""
