@@ -61,11 +61,6 @@ class _Report:
     figures: torch.Tensor
     arrived: torch.cuda.Event | None
 
-    @property
-    def there(self) -> bool:
-        """Whether nobody would wait for it."""
-        return self.arrived is None or self.arrived.query()
-
 
 class LoraEngine:
     """Trains LoRA trials in `slots` slots; implements `trainers.engine.Engine`. Adapters are kept in fp32."""
@@ -225,8 +220,7 @@ class LoraEngine:
                 self._micro_step(training)
                 if pause():
                     break
-        # Nobody waits for the device where training goes on at once: a pack returns several times a second.
-        self._settle(0 if any(live.arrived for live in training) or self._failures else _REPORTS_AHEAD)
+        self._settle(0)
         if self._failures:
             failure = self._failures.pop(0)
             if failure.trial in self._trials:
@@ -334,8 +328,8 @@ class LoraEngine:
         return rate(live.config, live.step, len(live.batches))
 
     def _settle(self, ahead: int) -> None:
-        """Reads the figures that have come, and of all but the last `ahead` reports, and judges the trials by them."""
-        while self._reports and (len(self._reports) > ahead or self._reports[0].there):
+        """Reads the figures of all but the last `ahead` reports, and judges the trials by them."""
+        while len(self._reports) > ahead:
             report = self._reports.popleft()
             if report.arrived is not None:
                 report.arrived.synchronize()
