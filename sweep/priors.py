@@ -46,7 +46,7 @@ class FamilyRate(_Part):
 
 
 class RatePrior(_Part):
-    """LoRA's learning rate: at_reference * (reference_width / hidden_size) ** exponent, at the reference alpha."""
+    """LoRA's rate: at_reference * (reference_width / hidden_size) ** exponent, at the reference alpha and batch."""
 
     at_reference: float = Field(gt=0)
     reference_width: int = Field(gt=0)
@@ -58,6 +58,8 @@ class RatePrior(_Part):
     short_factor: float = Field(gt=0)
     reference_alpha: float = Field(gt=0)
     alpha_exponent: float
+    reference_batch: float = Field(gt=0)
+    batch_exponent: float
     sources: tuple[str, ...] = ()
 
 
@@ -155,13 +157,15 @@ class Priors(_Part):
     """The priors of one study, complete: what `proposals.Guide` draws from. Stored as JSON in the study's facts."""
 
     guided: bool  # False: only `first` is tried, then the sampler is on its own
-    lora_rate: float  # at the reference alpha, in a run that is not short
+    lora_rate: float  # at the reference alpha and batch, in a run that is not short
     full_rate: float
     rate_spread: float
     short_steps: int
     short_factor: float
     reference_alpha: float
     alpha_exponent: float
+    reference_batch: float = 1.0  # a study that was launched before batches counted goes on as it began
+    batch_exponent: float = 0.0
     rank: Centre
     targets: TargetsPrior
     alpha: AlphaPrior
@@ -171,11 +175,12 @@ class Priors(_Part):
 
     def rate(self, chosen: Mapping[str, Any], examples: int) -> float:
         """The likeliest learning rate of a configuration whose run has so many examples."""
+        batch: float = (chosen["batch_size"] / self.reference_batch) ** self.batch_exponent
         if chosen["method"] == "full":
-            return self.full_rate
+            return self.full_rate * batch
         short = examples / chosen["batch_size"] < self.short_steps
         scale: float = (self.reference_alpha / chosen["lora_alpha"]) ** self.alpha_exponent
-        return self.lora_rate * scale * (self.short_factor if short else 1.0)
+        return self.lora_rate * batch * scale * (self.short_factor if short else 1.0)
 
 
 def load(path: Path | None = None) -> PriorFile:
@@ -230,6 +235,8 @@ def select(search: SearchSpec, facts: Mapping[str, Any], examples: int) -> Prior
         short_factor=rates.short_factor,
         reference_alpha=rates.reference_alpha,
         alpha_exponent=rates.alpha_exponent,
+        reference_batch=rates.reference_batch,
+        batch_exponent=rates.batch_exponent,
         rank=file.rank,
         targets=file.targets,
         alpha=file.alpha,

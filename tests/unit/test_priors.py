@@ -61,14 +61,19 @@ def test_an_unknown_model_has_a_wider_prior() -> None:
     assert "width is unknown" in selected(SearchSpec(), facts={}).notes[0]
 
 
-def test_rates_depend_on_alpha_and_on_the_length() -> None:
-    """Proves that alpha and the rate are not independent, and that a run of few steps wants more of LoRA's rate."""
+def test_rates_depend_on_alpha_on_the_batch_and_on_the_length() -> None:
+    """Proves that alpha, the batch and the rate are not independent, and that a run of few steps wants more of LoRA's
+    rate. A study that was launched before batches counted keeps its priors."""
     found = selected(SearchSpec())
     lora = {"method": "lora", "lora_alpha": 32, "batch_size": 8}
     assert found.rate(lora | {"lora_alpha": 128}, 4000) == pytest.approx(found.rate(lora, 4000) / 2)
     assert found.rate(lora, 8 * 99) == pytest.approx(1.5 * found.rate(lora, 8 * 100))
+    assert found.rate(lora | {"batch_size": 32}, 4000) == pytest.approx(2 * found.rate(lora, 4000))
     full = {"method": "full", "batch_size": 8}
     assert found.rate(full, 80) == found.rate(full, 8000) == found.full_rate
+    assert found.rate(full | {"batch_size": 2}, 8000) == pytest.approx(found.full_rate / 2)
+    stored = found.model_dump(exclude={"reference_batch", "batch_exponent"})
+    assert priors.Priors.model_validate(stored).rate(full | {"batch_size": 2}, 8000) == found.full_rate
 
 
 def test_known_good_ones_are_moved_into_the_space_and_it_says_so() -> None:
