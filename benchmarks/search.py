@@ -81,6 +81,8 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-tpe-sampler": {"sampler": "tpe"},
     "ours-halving": {"promote": "halving", "rungs": [0.05, 0.1, 0.2, 0.4]},
     "ours-early-rung": {"rungs": [0.05]},
+    "ours-rung-sooner": {"rungs": [0.04, 0.8]},
+    "ours-rung-later": {"rungs": [0.075, 0.8]},
     "ours-middle-rungs": {"rungs": [0.025, 0.1, 0.4]},
 }
 ABLATIONS = tuple(name for name in OURS if name != "ours")
