@@ -64,9 +64,9 @@ class Branching(LoraEngine):
         index = next(index for index in range(self.slots) if index not in taken)
         config = dataclasses.replace(live.config, number=copy)
         slot = Slot.empty(config, self._layout, self.base.model.dtype, self.base.device)
-        slot.put(live.slot.weights.detach())
-        for name, value in live.slot.optimizer.state[live.slot.weights].items():
-            slot.optimizer.state[slot.weights][name] = value.clone()
+        slot.put(live.slot.weights)
+        slot.steps = live.slot.steps
+        slot.moments = {name: moment.clone() for name, moment in live.slot.moments.items()}
         plan = live.batches[: live.step + cooldown_steps(live.step)]
         self._left[copy] = live.step, len(live.batches)
         self._trials[copy] = Live(

@@ -90,7 +90,7 @@ def test_without_recovery_a_wrong_prior_stays_wrong(monkeypatch: pytest.MonkeyPa
     """Proves that the test above can fail: with the shares nailed to the prior its optimum is not found."""
     nailed = {"prior": 1.0, "uniform": 0.0, "incumbent": 0.0, "sampler": 0.0}
     monkeypatch.setattr(Guide, "shares", lambda self, *seen: nailed)
-    assert mean(surfaces.labels, "tpe", 1 / 30) > 90
+    assert mean(surfaces.labels, "tpe", 1 / 30) > 80  # of 100 trials
 
 
 def test_trust_follows_the_evidence() -> None:
