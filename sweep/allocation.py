@@ -250,10 +250,14 @@ def _reach(chosen: Mapping[str, Any]) -> float:
 
     On three recorded tasks the likeliest exponents of alpha are 0.47 to 0.61 and of the batch -0.62 to -0.65, and none
     of the rank (docs/log.md). The batch's is about what Adam asks for (Malladi et al., "On the SDEs and Scaling Rules
-    for Adaptive Gradient Algorithms", 2022); the priors take the same two (sweep/priors.yaml).
+    for Adaptive Gradient Algorithms", 2022); the priors take the same two (sweep/priors.yaml). Full training's rate
+    counts as LoRA's at alpha 32 that is ten times as high, which the priors say too.
     """
-    rate = chosen[f"{chosen['method']}_learning_rate"]
-    return math.log(rate) + 0.5 * math.log(chosen.get("lora_alpha", 1.0) / chosen["batch_size"])
+    if chosen["method"] == "full":
+        rate, alpha = 10 * chosen["full_learning_rate"], 32.0
+    else:
+        rate, alpha = chosen["lora_learning_rate"], chosen["lora_alpha"]
+    return math.log(rate) + 0.5 * math.log(alpha / chosen["batch_size"])
 
 
 def _place(value: float, values: RangeSpec | tuple[Any, ...]) -> float:

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
+from trainers.checkpoints import MOMENTS
 from trainers.lora.adamw import BETAS, EPSILON, NORM_EPSILON
 from trainers.lora.bank import Slot
 
@@ -30,15 +31,15 @@ def fields(slots: Sequence[Slot], rates: Sequence[float]) -> NDArray[np.int32]:
     """What the kernels are told of slots that are about to take a step, `steps` counted already.
 
     As int32 words, first the addresses of weights, gradient, both moments and copy and the number of elements (int64),
-    then rate, decay of the weights, clip norm and both corrections of the moments' bias (fp32).
+    then, in fp32, the rate over the first moment's bias, what of a weight decays, the clip norm, and the root of the
+    second moment's bias.
     """
     addresses, numbers = [], []
     for slot, rate in zip(slots, rates, strict=True):
-        buffers = (slot.weights, slot.gradient, *slot.moments.values(), slot.copy)
+        buffers = (slot.weights, slot.gradient, *(slot.moments[name] for name in MOMENTS), slot.copy)
         addresses.append([*(buffer.data_ptr() for buffer in buffers), slot.weights.numel()])
         first, second = (1 - beta**slot.steps for beta in BETAS)
-        kept = 1 - rate * slot.config.weight_decay
-        numbers.append([rate / first, kept, slot.config.clip_norm, second**0.5])
+        numbers.append([rate / first, rate * slot.config.weight_decay, slot.config.clip_norm, second**0.5])
     words = [np.array(addresses, dtype=np.int64).ravel(), np.array(numbers, dtype=np.float32).ravel()]
     return np.concatenate([part.view(np.int32) for part in words])
 
@@ -50,11 +51,17 @@ def _buffer(row, place: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
+def _count(row):
+    """The number of elements, which can pass 32 bits; ranks are padded, so it is a multiple of 16."""
+    return tl.multiple_of(tl.load(row + 5), 16)
+
+
+@triton.jit
 def _squares(rows, partial, COLUMNS: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
     """partial[slot, program]: the sum of the squares of every PROGRAMS-th block of the slot's gradient."""
-    slot, program = tl.program_id(0), tl.program_id(1)
+    slot, program = tl.program_id(0), tl.program_id(1).to(tl.int64)
     gradient = _buffer(rows + slot * COLUMNS, 1, tl.float32)
-    count = tl.load(rows + slot * COLUMNS + 5).to(tl.int32)
+    count = _count(rows + slot * COLUMNS)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for block in range(program, tl.cdiv(count, BLOCK), PROGRAMS):
         at = block * BLOCK + tl.arange(0, BLOCK)
@@ -70,13 +77,13 @@ def _stepped(
     BETA: tl.constexpr, BETA_SQUARES: tl.constexpr, EPSILON: tl.constexpr, NORM_EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Clips the slot's gradient, steps its weights, rounds them into the copy (of type COPY), zeroes the gradient."""
-    slot, program = tl.program_id(0), tl.program_id(1)
+    slot, program = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, told = rows + slot * COLUMNS, numbers + slot * WIDTH
     weights, gradient = _buffer(row, 0, tl.float32), _buffer(row, 1, tl.float32)
     moment, square = _buffer(row, 2, tl.float32), _buffer(row, 3, tl.float32)
     copy = _buffer(row, 4, COPY)
-    count = tl.load(row + 5).to(tl.int32)
-    pace, kept, clip, correction = tl.load(told), tl.load(told + 1), tl.load(told + 2), tl.load(told + 3)
+    count = _count(row)
+    pace, decay, clip, correction = tl.load(told), tl.load(told + 1), tl.load(told + 2), tl.load(told + 3)
     norm = tl.sqrt(tl.sum(tl.load(partial + slot * PROGRAMS + tl.arange(0, PROGRAMS)), axis=0))
     if program == 0:
         tl.store(norms + slot, norm)
@@ -89,7 +96,7 @@ def _stepped(
         m, v, w = tl.load(moment + at, mask=there), tl.load(square + at, mask=there), tl.load(weights + at, mask=there)
         m += (1 - BETA) * (g - m)
         v = BETA_SQUARES * v + (1 - BETA_SQUARES) * g * g
-        w = w * kept - pace * m / (tl.sqrt(v) / correction + EPSILON)
+        w = w - decay * w - pace * m / (tl.sqrt(v) / correction + EPSILON)
         tl.store(moment + at, m, mask=there)
         tl.store(square + at, v, mask=there)
         tl.store(weights + at, w, mask=there)
