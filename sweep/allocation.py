@@ -34,7 +34,6 @@ PRICED = 12  # paused trials whose next step is priced: those that might end bes
 DRAWN, NEAR_EACH, NEARBY = 50, 10, 3  # candidates anywhere, and near each of so many promising trials
 NEWCOMER = 0.5  # the quantile of the candidates' rates that a new configuration counts with
 OPTIMISM = 2.0  # standard deviations by which the trials to be priced are chosen
-REACH = math.log(1000)  # a factor in the rate's reach that counts as much as the whole range of another parameter
 WORDS = 0.5  # how far different words are from each other, in the units of the space
 
 
@@ -220,9 +219,9 @@ class Allocation:
         return self._features[config]
 
     def _encoded(self, chosen: Mapping[str, Any]) -> Array:
-        """A configuration as a point: the reach of its rate first, then both methods' parameters, from 0 to 1."""
+        """A configuration as a point: the learning rate first, then both methods' parameters, from 0 to 1."""
         method = chosen["method"]
-        rate = [_reach(chosen) / REACH]
+        rate = [_place(chosen[f"{method}_learning_rate"], space.rates(method, self._search))]
         for name, values in space.branch("lora", self._search).items():
             if name == "lora_learning_rate" or isinstance(values, RangeSpec):
                 continue
@@ -243,21 +242,6 @@ def _price(trial: TrialRow, projector: Projector) -> tuple[float, float]:
 def allocation_of(study: Study, shares: Sequence[float]) -> Allocation:
     """The allocation of a study that compares trials at these shares of its longest run."""
     return Allocation(study.spec.search, shares, study.spec.seed)
-
-
-def _reach(chosen: Mapping[str, Any]) -> float:
-    """The log of rate * alpha ** 0.5 / batch_size ** 0.5: configurations that end alike have this in common.
-
-    On three recorded tasks the likeliest exponents of alpha are 0.47 to 0.61 and of the batch -0.62 to -0.65, and none
-    of the rank (docs/log.md). The batch's is about what Adam asks for (Malladi et al., "On the SDEs and Scaling Rules
-    for Adaptive Gradient Algorithms", 2022); the priors take the same two (sweep/priors.yaml). Full training's rate
-    counts as LoRA's at alpha 32 that is ten times as high, which the priors say too.
-    """
-    if chosen["method"] == "full":
-        rate, alpha = 10 * chosen["full_learning_rate"], 32.0
-    else:
-        rate, alpha = chosen["lora_learning_rate"], chosen["lora_alpha"]
-    return math.log(rate) + 0.5 * math.log(alpha / chosen["batch_size"])
 
 
 def _place(value: float, values: RangeSpec | tuple[Any, ...]) -> float:

@@ -35,7 +35,7 @@ FACTORS = (1.0, 2.0, 4.0)  # times one of these
 LEVEL, NOISE = 1.0, 0.1  # between rungs, and of one evaluation
 ANYTHING = 10.0  # of the level of all
 ALIKE = 1.5  # in log length: how far apart two rungs may be and still be off alike
-RATE_WIDTH, WIDTH = 0.25, 1.0  # how far neighbours are: in the reach of the rate, in everything else
+RATE_WIDTH, WIDTH = 0.25, 1.0  # how far neighbours are: in the learning rate, in everything else
 FLOOR = 0.002  # of the unit, in log loss: two seeds of one configuration differ by as much
 SPREAD = 0.7  # of the distance between the median and the best that is one unit
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(11)
@@ -47,7 +47,7 @@ BLOCK = 48  # rows of a triangular system that are solved at once
 
 @dataclass(frozen=True)
 class Points:
-    """Trials at training lengths: `features` (n, d), the reach of the rate first; `trials` (n,) their numbers,
+    """Trials at training lengths: `features` (n, d) from 0 to 1, the learning rate first; `trials` (n,) their numbers,
     negative for those that do not exist yet; `lengths` (n,) logs of shares of the run; `rungs` (n,) their indices."""
 
     features: Array

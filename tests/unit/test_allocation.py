@@ -88,30 +88,6 @@ def test_early_losses_that_mislead_are_trusted_less(misled: bool, early: float) 
     assert fitted(seen, np.concatenate([first, ends]), math.log(0.05)).early == early
 
 
-def test_a_rate_counts_by_how_far_it_takes_the_weights() -> None:
-    """Proves that alpha and the batch count with the rate: of two that paused alike the one goes on whose rate does
-    with its alpha and batch what the best one's did with its own, though the other's rate is just that.
-    """
-    search = SearchSpec(rank=[8], alpha=[16.0, 64.0], targets=["mlp"], batch_size=[4, 16])
-
-    def one(number: int, rate: float, alpha: float, batch: int, rung: int, state: str) -> TrialRow:
-        chosen = {"method": "lora", "lora_rank": 8, "lora_alpha": alpha, "lora_targets": "mlp", "batch_size": batch}
-        config = space.config(number, chosen | {"lora_learning_rate": rate}, search, 1000, 0)
-        return replace(newcomer(config), state=state, rung=rung, target=rung, tokens=[5_000, 20_000, 100_000][rung])
-
-    rates = [1e-5 * 4**n for n in range(6)]
-    ends = [one(n, rate, 16.0, 4, 2, "completed") for n, rate in enumerate(rates)]
-    best = rates[3]
-    paused = [one(6, best, 64.0, 4, 0, "paused"), one(7, best / 2, 64.0, 4, 0, "paused")]
-    paused += [one(8, best, 16.0, 16, 0, "paused"), one(9, best * 2, 16.0, 16, 0, "paused")]
-    found = [(n, rung, 1.0 - 0.1 * rung + 0.1 * abs(n - 3)) for n in range(6) for rung in range(3)]
-    allocation = Allocation(search, SHARES, 0)
-    for pair in (paused[:2], paused[2:]):
-        results = Results([*found, *((t.number, 0, 1.0) for t in pair)])
-        chosen = allocation.thaw([*ends, *pair], results, projector(), [])
-        assert chosen is not None and chosen.number == pair[1].number
-
-
 def test_who_runs_or_diverged_is_not_thawed() -> None:
     """Proves that only a paused trial is chosen, and none before there is something to learn from."""
     trials, results = crossing()
