@@ -62,7 +62,7 @@ def work() -> tuple[Layout, list[Slot], Stream]:
     for rank, targets in ((4, "all-linear"), (20, "attention"), (16, "mlp")):
         config = lora_trial(rank=rank, targets=targets, alpha=2.0 * rank, dropout=0.3 if rank == 4 else 0.0)
         slot = Slot.fresh(config, made, torch.float32, torch.device("cpu"))
-        for _, first, second in slot.pairs(slot.weights.detach()):
+        for _, first, second in slot.pairs(slot.weights):
             first.copy_(torch.randn(first.shape) * 0.1)
             second.copy_(torch.randn(second.shape) * 0.1)
         slot.put(slot.weights.clone())

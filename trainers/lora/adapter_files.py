@@ -62,9 +62,9 @@ class Buffers:
     @classmethod
     def of(cls, slot: Slot, *, still: bool) -> Buffers:
         """Takes down what the slot holds now: copies, for which nobody waits here, or what is `still`, itself."""
-        take = torch.Tensor.detach if still else _copy
-        weights = take(slot.weights)
-        moments = {name: take(moment) for name, moment in slot.moments.items()}
+        weights, moments = slot.weights, dict(slot.moments)
+        if not still:
+            weights, moments = _copy(weights), {name: _copy(moment) for name, moment in moments.items()}
         ready = None
         if slot.weights.is_cuda:
             ready = torch.cuda.Event()
@@ -92,14 +92,14 @@ class Buffers:
 def piecewise(tensor: torch.Tensor) -> torch.Tensor:
     """A copy on the host of a flat tensor, which is waited for. While such a copy runs no thread launches anything."""
     copy = torch.empty(tensor.shape, dtype=tensor.dtype)
-    for piece, source in zip(copy.split(PIECE), tensor.detach().split(PIECE), strict=True):
+    for piece, source in zip(copy.split(PIECE), tensor.split(PIECE), strict=True):
         piece.copy_(source)
     return copy
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     # A copy that the host does not wait for lands in pinned memory.
-    return tensor.detach().to("cpu", non_blocking=True, copy=True)
+    return tensor.to("cpu", non_blocking=True, copy=True)
 
 
 def write_adapter(folder: Path, slot: Slot, name: str, endings: list[str], buffers: Buffers) -> None:

@@ -232,8 +232,8 @@ class LoraEngine:
         """Runs one stream, and the optimizer step of every trial whose batch it completes."""
         for live in training:
             if live.batch is None:
-                rows = [int(row) for row in live.batches[live.step]]
-                live.batch = Batch(rows, self.train.lengths[rows].tolist())
+                rows = live.batches[live.step]
+                live.batch = Batch(rows.tolist(), self.train.lengths[rows].tolist())
         parts = self._parts(training)
         message: str | None = None
         try:
