@@ -10,9 +10,10 @@ other recorded study may.
 
 The measurements are replayed in the order in which they arrived. At each rung of a trial that came to its end, the
 forecast of the rest of it (training, evaluations and checkpoints) is compared with what the rest took. With how many
-others it shared the machine on its way is taken as known, since that is the search's doing. Besides, each measurement
-is forecast just before it is learned, from the second of its kind on. `covered` is the share inside the 80 % interval,
-`error` the median of |forecast / taken - 1|.
+others it shared the machine on its way is taken as known, since that is the search's doing. So is how large their
+batches were, which makes a GPU's steps longer or shorter: `with batches` takes that as known too. Besides, each
+measurement is forecast just before it is learned, from the second of its kind on. `covered` is the share inside the
+80 % interval, `error` the median of |forecast / taken - 1|.
 
 The exit code is 1 if there is nothing to compare.
 """
@@ -123,11 +124,15 @@ def pairs(connection: Connection, name: str) -> list[Pair]:
         config = configs[row.trial]
         found += _next_ones(projector, config, row)
         projector.observe_evaluation(config, row)
+        if row.shared_batch is not None:  # of those that it shared the machine with until now
+            projector.batch = row.shared_batch / row.width
         rest = [r for r in rows if r.trial == row.trial and r.rung > row.rung]
         if _whole(row, rest, projector.plan.last):
             taken = sum(r.train_ms + r.evaluate_ms + r.checkpoint_ms for r in rest) / 1000
             share = projector.plan.rungs[row.rung] / projector.plan.run_tokens
             found.append(Pair(f"rest at {share:.0%}", projector.known_widths(config, rest), taken))
+            known = projector.known_widths(config, rest, batches=True)
+            found.append(Pair(f"rest at {share:.0%} with batches", known, taken))
     return found
 
 
@@ -141,7 +146,7 @@ def _whole(row: Any, rest: list[Any], last: int) -> bool:
 def _next_ones(projector: Projector, config: Any, row: Any) -> list[Pair]:
     """The forecasts of one row's measurements from what was learned before them."""
     candidates = [
-        ("train", projector.train(config, row.train_tokens, row.width), row.train_ms),
+        ("train", projector.train(config, row.train_tokens, row.width, row.shared_batch), row.train_ms),
         ("evaluate", projector.evaluation(config.method, row.evaluate_tokens), row.evaluate_ms),
         ("checkpoint", projector.checkpoint(config.method), row.checkpoint_ms),
     ]
@@ -179,10 +184,10 @@ def figures(found: list[Pair]) -> list[dict[str, Any]]:
 
 def print_table(table: list[dict[str, Any]]) -> None:
     """Prints one line a group."""
-    print(f"{'forecast of':<16} {'n':>4} {'median s':>9} {'error':>7} {'covered':>8}  high/low")
+    print(f"{'forecast of':<24} {'n':>4} {'median s':>9} {'error':>7} {'covered':>8}  high/low")
     for row in table:
         shares = f"{row['median_error']:>7.1%} {row['covered']:>8.0%}  {row['median_width']:.2f}"
-        print(f"{row['forecast']:<16} {row['count']:>4} {row['median_seconds']:>9.2f} {shares}")
+        print(f"{row['forecast']:<24} {row['count']:>4} {row['median_seconds']:>9.2f} {shares}")
 
 
 def main(arguments: list[str]) -> int:

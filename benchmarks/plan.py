@@ -87,6 +87,7 @@ def _taught(table: Table, spec: Spec, facts: dict[str, Any], slots: int) -> Prob
     stretch = round(0.05 * table.run_tokens)
     row = {
         "width": slots,
+        "shared_batch": None,
         "train_tokens": stretch,
         "train_ms": round(1000 * per_token * stretch),
         "evaluate_tokens": VALIDATION_TOKENS,

@@ -12,6 +12,9 @@ logarithm is linear in 1 - 1/n where r is small, and in log n where it is large;
 to 8 trials, 5 % up to 16 (`beside`, `log_width`). A stretch that n trials shared was measured once and not n times, so
 each of them counts as an n-th of a measurement.
 
+What nobody can know beforehand, such as who will share the machine, may be said with the work (`Work.loose`): it
+widens intervals, all of them by the same cause, and what was measured has none of it.
+
 Machines warm up, and are slower beside others. So the factors, to which all measurements say the same, are joined by a
 level, which follows the last few (`_Model.follow`).
 
@@ -80,6 +83,7 @@ class Work:
     prior_seconds: float  # a unit: a token for train, evaluate and examine, the whole for the others
     features: Mapping[str, float] = field(default_factory=dict)
     owner: str = ""  # a trial's measurements tell most about itself
+    loose: float = 0.0  # sd of log seconds that is no measurement's and no machine's: what will only be decided
 
     @functools.cached_property
     def row(self) -> Array:
@@ -288,14 +292,16 @@ class _Model:
     def predict(self, works: Sequence[Work]) -> tuple[Array, Array, float]:
         """`joint` at the present level, which may be another one by then: for all that one engine does alike.
 
-        How far it drifted was measured: the factor by which all is off that is assumed does not apply to it.
+        How far it drifted was measured: the factor by which all is off that is assumed does not apply to it. Nor to
+        what is loose.
         """
         means, covariance, scale = self.joint(works)
         engines = np.array([work.engine for work in works])
         levels, drifts, _ = np.array([self._level(engine) for engine in engines]).T
         assumed = DRIFT**2 if self.measured else 0.0
         drifted = np.maximum(drifts / scale**2, assumed) * (engines[:, None] == engines[None, :])
-        return means + levels, covariance + drifted, scale
+        loose = np.array([work.loose for work in works]) / scale
+        return means + levels, covariance + drifted + np.outer(loose, loose), scale
 
     def mean(self, work: Work) -> float:
         """The mean of one work's log ratio at the present level, as `predict` has it."""

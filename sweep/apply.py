@@ -141,6 +141,7 @@ def _evaluated(connection: Connection, study: Study, trial: TrialRow, event: Eva
                 attempt=event.attempt,
                 ordinal=records.next_evaluation(connection, study.name),
                 width=event.width,
+                shared_batch=event.shared_batch,
                 peak_bytes=event.peak_bytes,
                 examine_ms=event.examine_ms,
                 write_ms=event.write_ms,

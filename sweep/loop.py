@@ -480,7 +480,8 @@ class Sweep:
     def _now(self) -> Current:
         if self._current is None or self._current.writes != self.store.writes:
             self._current = current.read(self.store, self.study, self._policy)
-            self.projector.width = seats.width(self._current.slots, self._current.everyone)
+            slots, everyone = self._current.slots, self._current.everyone
+            self.projector.width, self.projector.batch = seats.width(slots, everyone), seats.batch(everyone)
         return self._current
 
     def _worker(self) -> WorkerRow | None:

@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import pstdev
 from typing import Any
 
 from sqlalchemy import Connection
@@ -38,6 +39,9 @@ SNAPSHOT_SECONDS = 0.02  # what an adapter's checkpoint keeps a GPU from trainin
 MODEL_SHARE = 2 / 14
 # An evaluation's forward pass over training's floor: 12 ms where a step is 14 (30 layers, captured, an H100, 2026).
 EVALUATION_FLOOR = 0.8
+# Of the logarithm of a pack's mean batch size, by the sd of those that the space has: how far it wanders while a trial
+# is on its way. Measured on a simulation of packs of 32 whose searches change their mind about batches (docs/log.md).
+WANDERS = 0.27
 LEAST_MS = 0.5  # of what was measured as less than one
 LEAST_SHARE = 0.1  # of a stretch that must have been training: else it was compiling, and says nothing
 FREE = 1e-6  # seconds of what costs nothing where tokens are paid for
@@ -114,18 +118,21 @@ class Projector:
         examination: Examination = Examination(),
         flops: float | None = None,
         layers: int = 0,
+        batches: Sequence[int] = (),
     ) -> None:
         """`unit` Mtok: the meter runs on tokens (sweep/pricing.py), so what a token takes is known.
 
         `per_rank`: by targets, how many parameters an adapter has for each unit of rank, where the launch saw them.
         `probes`: a worker may have to find its slots before it is ready. `examination`: what comes after a last
         evaluation. `flops`: a second, as an earlier study measured them on such a machine. `layers`: of the model, each
-        of which a GPU needs a while for, however little it does.
+        of which a GPU needs a while for, however little it does. `batches`: the sizes that the space has.
         """
         self.plan = plan
         self.parameters = parameters
         self.forecast = Forecast()
         self.width = 1.0  # how many LoRA trials share the machine as things stand
+        self.batch: float | None = None  # their mean batch size; None: whoever is asked about has such as itself
+        self._wanders = WANDERS * pstdev(map(math.log, batches)) if batches else 0.0
         self._per_rank = per_rank or {}
         self._examination = examination
         self._probe_seconds = PROBE_SECONDS if probes else 0.0
@@ -153,7 +160,7 @@ class Projector:
         width = row.width if config.method == "lora" else 1.0
         tokens, trained_ms = row.train_tokens - row.warm_tokens, row.train_ms - row.warm_ms
         if tokens >= LEAST_SHARE * row.train_tokens and trained_ms >= LEAST_SHARE * row.train_ms:
-            self._learn(self._train(config, width), tokens, trained_ms, width)
+            self._learn(self._train(config, width, row.shared_batch), tokens, trained_ms, width)
         self._learn(self._evaluate(config.method, row.evaluate_tokens), row.evaluate_tokens, row.evaluate_ms)
         written = self._kept(config.method, row.full_loss is not None)
         # A full-parameter trial that was written just before it was judged says 0, and nothing of what that took.
@@ -256,9 +263,9 @@ class Projector:
             return 1.0
         return self._model_share if final else 0.0
 
-    def train(self, config: TrialConfig, tokens: int, width: float = 1.0) -> Seconds:
-        """A stretch of training, as it is charged in a pack of `width` trials."""
-        return self.forecast.seconds(self._train(config, width), tokens)
+    def train(self, config: TrialConfig, tokens: int, width: float = 1.0, shared_batch: float | None = None) -> Seconds:
+        """A stretch of training, as it is charged in a pack of `width` trials, with so many examples a step in all."""
+        return self.forecast.seconds(self._train(config, width, shared_batch), tokens)
 
     def to_target(self, trial: TrialRow) -> Seconds:
         """From where the trial stands to its next decision: training at the present width, evaluation, checkpoint."""
@@ -279,20 +286,25 @@ class Projector:
         """The mean of `to_end` alone."""
         return self.forecast.mean(self._whole(trial))
 
-    def known_widths(self, config: TrialConfig, rows: Sequence[Any]) -> Seconds:
-        """What stretches take that were measured, as if their widths alone were known: what forecasts are judged by."""
+    def known_widths(self, config: TrialConfig, rows: Sequence[Any], *, batches: bool = False) -> Seconds:
+        """What stretches take that were measured, as if their widths alone were known: what forecasts are judged by.
+
+        With `batches` as if it were also known how large those were that they shared the machine with.
+        """
         pieces: list[Piece] = []
         for row in rows:
             kept = self._kept(config.method, row.full_loss is not None)
-            pieces += [(self._train(config, row.width), row.train_tokens)]
+            train = self._train(config, row.width, row.shared_batch if batches else None)
+            pieces += [(train, row.train_tokens)]
             pieces += [(self._evaluate(config.method, row.evaluate_tokens), row.evaluate_tokens)]
             pieces += [(self._piece("checkpoint", config.method), kept)]
         return self.forecast.total(pieces)
 
     def confirmation(self, trial: TrialRow, width: float) -> Seconds:
-        """A confirmation's way to its end among `width` that train at once, its examination included."""
-        last = self.plan.last
-        return self.forecast.total(self._seat(trial) + self._way(trial.config, trial.tokens, last, last, width))
+        """A confirmation's way to its end among `width` such that train at once, its examination included."""
+        last, batches = self.plan.last, width * trial.config.batch_size
+        way = self._way(trial.config, trial.tokens, last, last, width, batches)
+        return self.forecast.total(self._seat(trial) + way)
 
     def ahead(self, running: Sequence[TrialRow], leader: TrialRow | None, launch: bool) -> Seconds:
         """All that is still to come: the next decision of those who run, the leader's way to its end, a worker's start.
@@ -335,11 +347,13 @@ class Projector:
     def _beyond(self, config: TrialConfig, rung: int) -> list[Piece]:
         return self._way(config, self._until(rung, config), rung + 1, self.plan.last, 1.0)
 
-    def _way(self, config: TrialConfig, tokens: int, first: int, last: int, width: float) -> list[Piece]:
+    def _way(
+        self, config: TrialConfig, tokens: int, first: int, last: int, width: float, shared_batch: float | None = None
+    ) -> list[Piece]:
         """Training from `tokens` on through the rungs from `first` to `last`, and what is done at each of them."""
         if first > last:
             return []
-        pieces: list[Piece] = [(self._train(config, width), self._until(last, config) - tokens)]
+        pieces: list[Piece] = [(self._train(config, width, shared_batch), self._until(last, config) - tokens)]
         for target in range(first, last + 1):
             final = target >= self.plan.last
             seen = self.plan.validation_tokens if final else self.plan.rung_tokens
@@ -361,14 +375,22 @@ class Projector:
             self._works[key] = make(*arguments)
         return self._works[key]
 
-    def _train(self, config: TrialConfig, width: float) -> Work:
-        return self._once(self._training, config, width if config.method == "lora" else 1.0)
+    def _train(self, config: TrialConfig, width: float, shared_batch: float | None = None) -> Work:
+        """`shared_batch`: examples of one step of all that train, where that was measured. Else it is as things stand,
+        which they will not do to the trial's end."""
+        if config.method != "lora":
+            width = 1.0
+        loose = 0.0
+        if shared_batch is None:
+            shared_batch = config.batch_size + (width - 1) * (self.batch or config.batch_size)
+            loose = (1 - 1 / width) * self._wanders
+        return self._once(self._training, config, width, shared_batch, loose)
 
-    def _training(self, config: TrialConfig, width: float) -> Work:
+    def _training(self, config: TrialConfig, width: float, shared_batch: float, loose: float) -> Work:
         row = self.plan.run_tokens / self.plan.examples
         features = {
             "full": float(config.method == "full"),
-            "log_batch": math.log(config.batch_size / USUAL_BATCH),
+            "log_batch": 0.0 if self._layers else math.log(config.batch_size / USUAL_BATCH),
             "log_row": math.log(row / USUAL_ROW),
             "attention": float(config.targets == "attention"),
             "mlp": float(config.targets == "mlp"),
@@ -378,9 +400,11 @@ class Projector:
             features |= {"beside": 1 - 1 / width, "log_width": math.log(width)}
         adapter = (config.rank or 0) * self._per_rank.get(config.targets or "", 0)
         prior = flops_per_token(self.parameters, config.method, adapter) / self.flops
-        prior += floor_seconds(self._layers, width * config.batch_size * row)
+        floor = floor_seconds(self._layers, shared_batch * row)
+        prior += floor
+        loose *= floor / prior
         prior = SECONDS_A_TOKEN if self._metered_by_token else prior
-        return Work("train", prior, features, owner=str(config.number))
+        return Work("train", prior, features, owner=str(config.number), loose=loose)
 
     def _evaluate(self, method: Method, tokens: float) -> Work:
         return self._once(self._evaluating, method, tokens)
@@ -412,16 +436,20 @@ class Projector:
 
 def untaught(study: Study) -> Projector:
     """The forecasts of a study before anything was measured."""
-    return from_facts(study.facts, study.unit, seats.probes(study), examination(study))
-
-
-def from_facts(
-    facts: dict[str, Any], unit: str, probes: bool = False, examination: Examination = Examination()
-) -> Projector:
-    """The forecasts that follow from what a launch saw; see Projector."""
-    per_rank = facts.get("trained_parameters_per_rank")
-    known = plan(facts), facts["parameters"], facts["device"], facts["cores"]
-    return Projector(*known, unit, per_rank, probes, examination, facts.get("flops"), facts.get("layers", 0))
+    facts = study.facts
+    return Projector(
+        plan(facts),
+        facts["parameters"],
+        facts["device"],
+        facts["cores"],
+        study.unit,
+        facts.get("trained_parameters_per_rank"),
+        seats.probes(study),
+        examination(study),
+        facts.get("flops"),
+        facts.get("layers", 0),
+        study.spec.search.batch_size,
+    )
 
 
 def _confirms(config: TrialConfig) -> bool:
@@ -432,7 +460,7 @@ def projector_of(study: Study, connection: Connection) -> Projector:
     """Builds the forecasts of a study from everything that was measured."""
     projector = untaught(study)
     trials, workers = records.trials(connection, study.name), records.workers(connection, study.name)
-    projector.width = seats.width(seats.slots(study, workers), trials)
+    projector.width, projector.batch = seats.width(seats.slots(study, workers), trials), seats.batch(trials)
     configs = {trial.number: trial.config for trial in trials}
     # Studies of before they were kept in their order have the milliseconds alone.
     states = deque(one if isinstance(one, list) else [math.inf, one] for one in study.facts.get("state_ms", []))

@@ -7,6 +7,7 @@ full-parameter trial has the machine to itself. A worker trains one method at a 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 from sqlalchemy import Connection
@@ -52,6 +53,12 @@ def places(count: int, least: int) -> int:
 def width(count: int, trials: Sequence[TrialRow]) -> int:
     """How many LoRA trials train at once as things stand, on a worker of `count` slots."""
     return max(1, min(count, sum(t.state in records.RUNNING and t.config.method == "lora" for t in trials)))
+
+
+def batch(trials: Sequence[TrialRow]) -> float | None:
+    """The mean batch size of the LoRA trials that train or wait, which share what a step costs; None without any."""
+    sizes = [t.config.batch_size for t in trials if t.state in records.RUNNING and t.config.method == "lora"]
+    return statistics.fmean(sizes) if sizes else None
 
 
 def free(worker: WorkerRow, trial: TrialRow, trials: Sequence[TrialRow]) -> bool:

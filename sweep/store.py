@@ -88,6 +88,11 @@ def _m005_writes(connection: Connection) -> None:
     _add_missing_columns(connection)
 
 
+def _m006_company(connection: Connection) -> None:
+    """How large the batches were of those that trained at once."""
+    _add_missing_columns(connection)
+
+
 def _add_missing_columns(connection: Connection) -> None:
     inspected = inspect(connection)
     for table in [*ledger_tables.metadata.sorted_tables, *tables.metadata.sorted_tables]:
@@ -105,6 +110,7 @@ MIGRATIONS: list[Callable[[Connection], None]] = [
     _m003_packs,
     _m004_endgame,
     _m005_writes,
+    _m006_company,
 ]
 
 

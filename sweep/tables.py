@@ -118,6 +118,7 @@ evaluation = Table(
     Column("attempt", Text, nullable=False),
     Column("ordinal", Integer, nullable=False, server_default="0"),  # the order in which they arrived, from 1
     Column("width", Real, nullable=False, server_default="1"),  # trials that trained at once: the stretch's mean
+    Column("shared_batch", Real),  # examples of one step of all of them: the mean; NULL where nobody measured it yet
     Column("peak_bytes", Micros),  # of the worker's GPU memory, since the evaluation before
     Column("examine_ms", Micros, nullable=False, server_default="0"),  # of metric and scores
     Column("write_ms", Micros, nullable=False, server_default="0"),  # until the checkpoint was on the disk

@@ -33,6 +33,7 @@ class LiveTrial:
     warm_tokens: int = 0  # and the tokens that were trained on the way
     passed_ns: int = 0  # that time, whoever was charged it
     shared_ns: int = 0  # that time, times the trials that trained in it
+    batches_ns: int = 0  # that time, times their batch sizes together
     loss_sum: float = 0.0
     loss_steps: int = 0
     shown_step: int = 0  # of the last Progress
@@ -56,6 +57,11 @@ class LiveTrial:
         """How many trials trained at once, this one among them: the mean over the time that it trained."""
         return self.shared_ns / self.passed_ns if self.passed_ns else 1.0
 
+    @property
+    def shared_batch(self) -> float:
+        """How many examples a step of all of them had, by their batch sizes: the mean over the same time."""
+        return self.batches_ns / self.passed_ns if self.passed_ns else float(self.config.batch_size)
+
     def add_loss(self, mean: float) -> None:
         """Takes in the mean training loss of the steps since the last call; nan if there were none."""
         steps = self.at.step - self.shown_step
@@ -71,8 +77,8 @@ class LiveTrial:
 
     def begin_again(self) -> None:
         """Sets the measured figures to zero, after they were reported."""
-        self.train_tokens = self.train_ns = self.passed_ns = self.shared_ns = self.loss_steps = 0
-        self.warm_ns = self.warm_tokens = 0
+        self.train_tokens = self.train_ns = self.passed_ns = self.shared_ns = self.batches_ns = 0
+        self.loss_steps = self.warm_ns = self.warm_tokens = 0
         self.loss_sum = 0.0
 
     def place(self) -> dict[str, Any]:

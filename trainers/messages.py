@@ -318,6 +318,7 @@ class Evaluated(TrialEvent):
     checkpoint_ms: int
     peak_bytes: int | None = None
     width: float = 1.0  # trials that trained at once, this one among them: the mean over the time that it trained
+    shared_batch: float | None = None  # examples of one step of all of them, by their batch sizes: the mean likewise
     occupancy: float | None = None  # real tokens over tokens computed, in training LoRA trials; None before
     metric: float | None = None
     metric_error: float | None = None

@@ -48,6 +48,7 @@ class Stretch:
         passed_ns = self._meter.now_ns() - self.started_ns
         warm, moved = self._engine.warm.since(self._warm), sum(self.moved.values())
         of_time, of_tokens = min(warm.ns / max(passed_ns, 1), 1.0), min(warm.tokens / max(moved, 1), 1.0)
+        batches = sum(trial.config.batch_size for trial in self._trials)
         for trial in self._trials:
             charged_ns = self._meter.spent_ns(trial.centre) - self._spent_ns[trial.number]
             trial.train_ns += charged_ns
@@ -55,4 +56,5 @@ class Stretch:
             trial.warm_tokens += round(of_tokens * self.moved[trial.centre])
             trial.passed_ns += passed_ns
             trial.shared_ns += passed_ns * len(self._trials)
+            trial.batches_ns += passed_ns * batches
         return passed_ns

@@ -406,6 +406,7 @@ class Worker:
                 write_ms=write_ms,
                 peak_bytes=peak_bytes,
                 width=trial.width,
+                shared_batch=trial.shared_batch,
                 occupancy=occupancy(self._loaded.engines),
             )
             trial.begin_again()

@@ -65,7 +65,8 @@ def test_four_at_once_are_as_if_alone(make_bench: Callable[..., Bench], prepared
     bench = make_bench()
     start(bench, prepared, 4)
     for number in BAD:
-        wild = {"learning_rate": 1e4, "clip_norm": 1e6, "alpha": 1e3, "targets": "all-linear", "batch_size": 1}
+        # Whatever is finite a norm layer makes small again: on some processors a rate of 1e4 was survived.
+        wild = {"learning_rate": 1e38, "clip_norm": 1e6, "alpha": 1e3, "targets": "all-linear", "batch_size": 1}
         bench.admit(number, examples=EXAMPLES, **wild)
     for number in (0, 1):
         bench.admit(number, until=1_500, examples=EXAMPLES, **MIXED[number])
@@ -84,6 +85,8 @@ def test_four_at_once_are_as_if_alone(make_bench: Callable[..., Bench], prepared
         assert not packed.final or abs(packed.full_loss - one.full_loss) < 1e-6  # type: ignore[operator]
         assert (one.width, one.occupancy, packed.occupancy) == (1.0, 1.0, 1.0)
         assert 1.0 <= packed.width <= 4.0
+        batch = MIXED[one.trial]["batch_size"]
+        assert one.shared_batch == batch <= packed.shared_batch <= sum(m["batch_size"] for m in MIXED.values())
     assert max(e.width for e in found.values()) > 2.5
     record = end(bench)
     assert record.exit_code == 0

@@ -191,7 +191,7 @@ def test_a_method_is_asked_for_at_its_own_price() -> None:
         dear = 100 if trial.config.method == "full" else 1
         row = {"train_tokens": 5_000, "train_ms": 1_000 * dear, "evaluate_tokens": 1_000, "evaluate_ms": 1}
         row |= {"tokens": 5_000, "checkpoint_ms": 1, "write_ms": 1, "examine_ms": 0, "full_loss": None, "width": 1.0}
-        row |= {"warm_ms": 0, "warm_tokens": 0}
+        row |= {"shared_batch": None, "warm_ms": 0, "warm_tokens": 0}
         known.observe_evaluation(trial.config, SimpleNamespace(**row))
     results = Results([(t.number, 0, 1 + 0.1 * draw.random()) for t in trials])
     allocation = Allocation(search, SHARES, 7)

@@ -191,8 +191,8 @@ def test_what_was_probed_replaces_the_priors() -> None:
     guessed = planned(spec)
     study = prospective(spec, facts_of(spec), pricing.quote(spec))
     projector = untaught(study)
-    row = {"width": 1.0, "train_tokens": 20_000, "evaluate_tokens": 12_800, "checkpoint_ms": 100, "write_ms": 100}
-    row |= {"examine_ms": 0, "warm_ms": 0, "warm_tokens": 0, "full_loss": None, "tokens": 20_000}
+    row = {"width": 1.0, "shared_batch": None, "train_tokens": 20_000, "evaluate_tokens": 12_800, "checkpoint_ms": 100}
+    row |= {"write_ms": 100, "examine_ms": 0, "warm_ms": 0, "warm_tokens": 0, "full_loss": None, "tokens": 20_000}
     prior = untaught(study)
     for config in drawn_configs(spec, "lora", projector.plan.examples):
         slow = {"train_ms": round(1e4 * prior.train(config, 20_000).mean)}

@@ -41,7 +41,8 @@ def measured(tokens: int, seconds: float, *, final: bool = False) -> SimpleNames
     """What the worker says of a stretch of 1,000 tokens that ended at `tokens`."""
     row = {"tokens": tokens, "train_tokens": 1_000, "train_ms": round(1000 * seconds), "checkpoint_ms": 100}
     row |= {"examine_ms": 0, "write_ms": 100, "warm_ms": 0, "warm_tokens": 0}
-    return SimpleNamespace(**row, width=1.0, evaluate_tokens=300, evaluate_ms=500, full_loss=2.0 if final else None)
+    row |= {"width": 1.0, "shared_batch": None}
+    return SimpleNamespace(**row, evaluate_tokens=300, evaluate_ms=500, full_loss=2.0 if final else None)
 
 
 def taught(**more: Any) -> Projector:
@@ -153,6 +154,36 @@ def test_a_gpu_takes_a_while_for_a_step_however_short() -> None:
     assert large.train(config(0), step).mean < 1.05 * large.train(config(0), step, 8).mean
     cpu = [Projector(PLAN, 135_000_000, "cpu", 2, layers=layers).train(config(0), step).mean for layers in (0, 30)]
     assert cpu[0] == cpu[1]
+
+
+def test_a_token_of_a_gpu_costs_by_the_batches_of_the_whole_pack() -> None:
+    """Proves that large batches beside a trial make its tokens cheaper, by what was measured and as things stand, and
+    that the interval leaves room for others to come, unless all have batches of one size."""
+
+    def seconds(examples: float, tokens: int) -> float:
+        return (0.0125 / (100 * examples) + 2.2e-6) * tokens  # 30 layers are launched, and 2.2 us a token
+
+    gpu, same = (Projector(PLAN, 135_000_000, "NVIDIA H100", 16, layers=30, batches=b) for b in ((4, 8, 16), (8,)))
+    for number in range(60):
+        row = measured(10_000, 0.0)
+        row.width, row.shared_batch = 16.0, 16.0 * (4, 8, 16)[number // 5 % 3]
+        row.train_tokens, row.train_ms = 100_000, round(1000 * seconds(row.shared_batch, 100_000))
+        gpu.observe_evaluation(config(number, batch_size=(4, 8, 16)[number % 3]), row)
+    cheapest = math.inf
+    for beside in (4.0, 8.0, 16.0):
+        gpu.batch = beside
+        truth, known = seconds(16 * beside, 10_000), gpu.train(config(99, batch_size=8), 10_000, 16.0, 16 * beside)
+        asked = gpu.train(config(99, batch_size=8), 10_000, 16.0)
+        assert known.low < truth < known.high and math.isclose(known.mean, truth, rel_tol=0.07)
+        assert math.isclose(asked.mean, seconds(8 + 15 * beside, 10_000), rel_tol=0.07)
+        assert spread(asked) > (1.15 if beside == 4 else 1) * spread(known)
+        assert asked.mean < 0.95 * cheapest
+        cheapest = asked.mean
+    alone = gpu.train(config(99, batch_size=8), 10_000)
+    assert alone == gpu.train(config(99, batch_size=8), 10_000, 1.0, 8.0), "nobody else's batch matters to one alone"
+    assert math.isclose(alone.mean, seconds(8, 10_000), rel_tol=0.25)
+    packed = same.train(config(0, batch_size=8), 10_000, 16.0)
+    assert packed == same.train(config(0, batch_size=8), 10_000, 16.0, 128.0), "all have batches of 8"
 
 
 def test_a_trial_alone_is_forecast_no_dearer_than_the_pack_that_was_measured() -> None:

@@ -300,7 +300,14 @@ def test_what_is_measured_beyond_the_loss_is_forecast_and_learned(connection: Co
         "warm_tokens": 0,
         "examine_ms": round(3_000 * confirmed),
     }
-    stretch = {"tokens": 2_000, "train_tokens": 2_000, "evaluate_tokens": 1_300, "width": 1.0, "full_loss": 2.0}
+    stretch = {
+        "tokens": 2_000,
+        "train_tokens": 2_000,
+        "evaluate_tokens": 1_300,
+        "width": 1.0,
+        "shared_batch": None,
+        "full_loss": 2.0,
+    }
     for _ in range(3):
         projector.observe_evaluation(run.config, SimpleNamespace(**took, **stretch))
     assert projector.examined("lora", confirms=True).mean == pytest.approx(3 * confirmed, rel=0.1)
