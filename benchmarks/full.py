@@ -66,7 +66,7 @@ def full_flops(config: PretrainedConfig, split: Split) -> NDArray[np.float64]:
     6 V h C for the head instead of 4. Not counted: embeddings, and layers that are run again to save memory.
     """
     tokens = split.lengths.astype(np.float64)
-    completion = np.add.reduceat(split.mask.astype(np.int64), split.offsets[:-1])
+    completion = split.completions
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 6.0 * config.num_hidden_layers * config.num_attention_heads * head_size * tokens**2
     head = 6.0 * config.vocab_size * config.hidden_size * completion

@@ -310,7 +310,7 @@ def _folded(split: Split, vocabulary: int) -> Split:
 def make_setup(shape: Shape, data: Path, model: Path, scratch: Path, device: torch.device) -> Setup:
     """Reads the prepared rows and finds or makes the weights. Raises DataError where there are no rows."""
     train, validation = (_folded(load_split(data, name), shape.config.vocab_size) for name in ("train", "validation"))
-    completion = np.add.reduceat(train.mask.astype(np.int64), train.offsets[:-1])
+    completion = train.completions
     flops = flops_per_example(shape.config, train.lengths, completion)
     folder, weights = weights_folder(shape, model, scratch, device)
     return Setup(shape, device, folder, weights, train, validation, flops)

@@ -77,7 +77,6 @@ class DataExaminer:
             split = self._split(name)
             nll = engine.score(trial, split, range(split.rows))
             tokens += len(split.ids)
-            counts = np.add.reduceat(split.mask, split.offsets[:-1], dtype=np.int64)
             metric = None
             if name == TEST and self._metric != metrics.LOSS:
                 try:
@@ -87,7 +86,7 @@ class DataExaminer:
                     if trial is not None:
                         raise
                     sys.stderr.write(f"the base model: {error}\n")
-            scores[name] = Scores(nll=nll.round(_DECIMALS).tolist(), tokens=counts.tolist(), metric=metric)
+            scores[name] = Scores(nll=nll.round(_DECIMALS).tolist(), tokens=split.completions.tolist(), metric=metric)
         return Examination(scores, tokens)
 
     def majority(self) -> dict[str, float]:

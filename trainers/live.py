@@ -12,6 +12,8 @@ from typing import Any
 from trainers.engine import Engine, Position
 from trainers.messages import Admit, Method, TrialConfig
 
+_NS_PER_MS = 1_000_000
+
 
 @dataclass
 class LiveTrial:
@@ -52,15 +54,18 @@ class LiveTrial:
         """Says whether it stands at its target or its end."""
         return self.at.done or (self.until_tokens is not None and self.at.tokens >= self.until_tokens)
 
-    @property
-    def width(self) -> float:
-        """How many trials trained at once, this one among them: the mean over the time that it trained."""
-        return self.shared_ns / self.passed_ns if self.passed_ns else 1.0
-
-    @property
-    def shared_batch(self) -> float:
-        """How many examples a step of all of them had, by their batch sizes: the mean over the same time."""
-        return self.batches_ns / self.passed_ns if self.passed_ns else float(self.config.batch_size)
+    def measured(self) -> dict[str, Any]:
+        """The fields of Evaluated that say what was trained, how long it took, and beside how many: the mean."""
+        passed = self.passed_ns
+        return {
+            "train_loss": self.train_loss,
+            "train_tokens": self.train_tokens,
+            "train_ms": self.train_ns // _NS_PER_MS,
+            "warm_ms": self.warm_ns // _NS_PER_MS,
+            "warm_tokens": self.warm_tokens,
+            "width": self.shared_ns / passed if passed else 1.0,
+            "shared_batch": self.batches_ns / passed if passed else float(self.config.batch_size),
+        }
 
     def add_loss(self, mean: float) -> None:
         """Takes in the mean training loss of the steps since the last call; nan if there were none."""

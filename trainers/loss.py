@@ -139,12 +139,12 @@ def completion_nll(decoder: nn.Module, head: nn.Linear, batch: FlatBatch) -> tor
 def compared_rows(split: Split) -> list[int]:
     """The rows over which losses are compared: two at least, since packed ones must not see each other."""
     rows = [0, min(1, split.rows - 1)]
-    tokens = sum(int(split[row].mask.sum()) for row in rows)
+    tokens = int(split.completions[rows].sum())
     while tokens < COMPARED_TOKENS and len(rows) < min(COMPARED_ROWS, split.rows):
         if split.lengths[[*rows, len(rows)]].sum() > COMPARED_LENGTH:
             break
         rows.append(len(rows))
-        tokens += int(split[rows[-1]].mask.sum())
+        tokens += int(split.completions[rows[-1]])
     return rows
 
 

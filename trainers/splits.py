@@ -58,6 +58,12 @@ class Split:
         """Tokens of each example, int64 [rows]."""
         return np.diff(self.offsets)
 
+    @cached_property
+    def completions(self) -> NDArray[np.int64]:
+        """Tokens of each example that are targets of the loss, int64 [rows]."""
+        before = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.mask, dtype=np.int64)])
+        return np.diff(before[self.offsets])
+
     def __getitem__(self, row: int) -> Example:
         span = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
         return Example(self.ids[span], self.mask[span])

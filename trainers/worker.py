@@ -395,18 +395,12 @@ class Worker:
             self._emit(
                 Evaluated,
                 **trial.place(),
+                **trial.measured(),
                 **judged,
                 checkpoint=trial.saved if keeps else None,
-                train_loss=trial.train_loss,
-                train_tokens=trial.train_tokens,
-                train_ms=trial.train_ns // _NS_PER_MS,
-                warm_ms=trial.warm_ns // _NS_PER_MS,
-                warm_tokens=trial.warm_tokens,
                 checkpoint_ms=checkpoint_ms,
                 write_ms=write_ms,
                 peak_bytes=peak_bytes,
-                width=trial.width,
-                shared_batch=trial.shared_batch,
                 occupancy=occupancy(self._loaded.engines),
             )
             trial.begin_again()

@@ -149,7 +149,7 @@ class Replica:
         assert self._optimizer is not None
         torch.manual_seed(seed + self.rank)
         self.base.model.train()
-        completion = sum(int(self.train[row].mask.sum()) for row in rows)
+        completion = int(self.train.completions[list(rows)].sum())
         total = torch.zeros((), device=self.base.device)
         # FSDP2 takes the mean of the processes' gradients, where the sum is wanted.
         weight = self.ranks / completion
@@ -256,8 +256,7 @@ class Replica:
     def _row_losses(self, split: Split, rows: list[int]) -> torch.Tensor:
         hidden, targets = self._hidden(split, rows, 1.0, training=False)
         found = token_nll(hidden[targets.predict], self.base.head.weight, targets.tokens)
-        counts = [int(split[row].mask.sum()) for row in rows]
-        owners = torch.from_numpy(np.repeat(np.arange(len(rows)), counts)).to(found.device)
+        owners = torch.from_numpy(np.repeat(np.arange(len(rows)), split.completions[rows])).to(found.device)
         sums = torch.zeros(len(rows), dtype=torch.float64, device=found.device)
         return sums.index_add_(0, owners, found[: len(owners)].double())  # what follows is padding
 

@@ -83,7 +83,6 @@ class LoraEngine:
         self.rung_rows = rung_rows
         self.micro_tokens = micro_tokens or MICRO_TOKENS[base.device.type]
         self.slots = slots
-        self._completions = np.add.reduceat(train.mask, train.offsets[:-1], dtype=np.int64)
         groups = find_groups(base)
         self._layout = Layout(groups)
         self._packed = [PackedGroup(group) for group in groups]
@@ -261,7 +260,7 @@ class LoraEngine:
         parts = []
         for live, places in sorted(taking, key=lambda pair: pair[0].index):
             batch = self._batch(live)
-            completion = int(self._completions[batch.rows].sum())
+            completion = int(self.train.completions[batch.rows].sum())
             seed = derive_seed(live.config.seed, DROPOUT, live.step) if live.config.dropout else 0
             rows = [batch.rows[place] for place in places]
             parts.append(Part(live.index, live.slot, rows, places, seed, 1 / completion))
@@ -425,7 +424,7 @@ class LoraEngine:
         hidden = self._runner.forward(stream, training=False)
         # To the head every row is a slot of its own; what pads the targets counts as one more.
         count = len(part.rows)
-        scored = torch.tensor([int(split[row].mask.sum()) for row in part.rows])
+        scored = torch.from_numpy(split.completions[part.rows])
         owners = torch.full_like(targets.owners, count)
         owners[: int(scored.sum())] = torch.repeat_interleave(torch.arange(count), scored).to(owners.device)
         return score(hidden, self.base.head.weight, replace(targets, owners=owners), count + 1, False)[0][:count]
