@@ -64,11 +64,11 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Tests marked smollm load the real model; without the folder they would have nothing to load. Three at a time on two cores,
-# since many wait for processes or for a slice to end; the tests of a file stay together, and the long files come first. Each
-# computes on one thread. Those marked alone hold processes to deadlines of seconds.
+# Tests marked smollm load the real model; without the folder they would have nothing to load. Four at a time on two cores,
+# since many wait for processes or for a slice to end; the tests of a file stay together, in the order of tests/conftest.py.
+# Each computes on one thread. Those marked alone hold processes to deadlines of seconds.
 test: lint model
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not stress and not alone' -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not stress and not alone' -n 4 --dist loadfile --no-loadscope-reorder
 	$(BIN)/pytest -m 'alone and not stress'
 
 fix: install
