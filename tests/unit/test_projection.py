@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,16 +10,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import recorded
 from sqlalchemy import Connection
 
 from budgets.forecast import Seconds
 from budgets.ledger import Balances
-from sweep import launch, pricing, records, summary, tables, triage
+from sweep import records, summary, tables, triage
 from sweep.projection import Plan, Projector, projector_of
 from sweep.records import TrialRow
 from sweep.rungs import Results
-from sweep.spec import validate
-from sweep.store import Store
 from trainers.messages import TrialConfig
 
 PLAN = Plan(examples=100, run_tokens=10_000, rungs=(1_000, 2_500), rung_rows=16, rung_tokens=300, validation_tokens=900)
@@ -247,13 +245,7 @@ def test_checkpoints_beside_training_cost_nothing_and_the_tail_is_what_their_wri
 @pytest.fixture
 def connection(tmp_path: Path) -> Iterator[Connection]:
     """A study of one running trial in a new database, at a dollar an hour; no worker lives."""
-    recording = {"parameters": 10_000_000, "train_rows": 800, "validation_rows": 64, "validation_tokens": 1_300}
-    (tmp_path / "curves.json").write_text(json.dumps(recording | {"tokens_per_example": 20}))
-    values = {"study": "words", "model": f"replay:{tmp_path / 'curves.json'}", "data": {"train": "recorded"}}
-    values |= {"machine": {"price": "$1/hour"}, "endgame": {"seeds": 0}, "budget": {"cap": "$1"}}
-    spec = validate(values, "here")
-    store = Store(f"sqlite:///{tmp_path}/studies.db", create=True)
-    launch.create(store, spec, launch.look(spec, tmp_path), pricing.quote(spec), tmp_path / "words", ("boot", 0))
+    store = recorded.study(tmp_path, endgame={"seeds": 0})
     with store.write() as connection:
         records.add_trial(connection, "words", config(0), 1)
         yield connection

@@ -12,14 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import recorded
 from sqlalchemy import Connection, select
 
 from budgets.money import parse_usd
-from sweep import launch, pricing, records, summary, tables
+from sweep import records, summary, tables
 from sweep.endgame import Candidate, Run, clearly_behind, confirmation, entered, next_runs, winner
 from sweep.projection import examination, untaught
 from sweep.spec import Spec, validate
-from sweep.store import Store
 from trainers.messages import Method, TrialConfig
 
 LORA = [Candidate(number, "lora", place) for place, number in enumerate((3, 7, 5), 1)]
@@ -205,15 +205,7 @@ def test_the_reserve_is_a_quarter_where_something_is_confirmed() -> None:
 @pytest.fixture
 def connection(tmp_path: Path) -> Iterator[Connection]:
     """A study that chooses by exact match: three trials at their ends, two of them over three new seeds each."""
-    recording = {"parameters": 10_000_000, "train_rows": 800, "validation_rows": 64, "validation_tokens": 1_300}
-    (tmp_path / "curves.json").write_text(json.dumps(recording | {"tokens_per_example": 20}))
-    values = {"study": "words", "model": f"replay:{tmp_path / 'curves.json'}", "data": {"train": "recorded"}}
-    values |= {"machine": {"price": "$1/hour"}, "budget": {"cap": "$1"}, "objective": "exact_match"}
-    spec = validate(values, "here")
-    store = Store(f"sqlite:///{tmp_path}/studies.db", create=True)
-    facts = launch.look(spec, tmp_path)
-    facts["data"]["splits"]["test"] = {"rows": 64, "tokens": 1_300}
-    launch.create(store, spec, facts, pricing.quote(spec), tmp_path / "words", ("boot", 0))
+    store = recorded.study(tmp_path, objective="exact_match", splits={"test": {"rows": 64, "tokens": 1_300}})
     with store.write() as connection:
         # The one with the lower loss has the lower metric; trial 2 was lucky once.
         for number, (loss, metric) in enumerate([(2.0, 0.50), (2.5, 0.60), (2.6, 0.62)]):

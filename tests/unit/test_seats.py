@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import recorded
 
-from sweep import launch, pricing, records, seats, summary, tables
+from sweep import records, seats, summary, tables
 from sweep.records import Study, TrialRow, WorkerRow
-from sweep.spec import validate
-from sweep.store import Store
 from trainers.messages import TrialConfig
 
 
@@ -85,12 +83,7 @@ def test_a_seat_is_free_for_one_method() -> None:
 
 def test_occupancy_is_weighted_by_what_was_computed(tmp_path: Path) -> None:
     """Proves the statement's figure: what nobody measured is left out, and full-parameter training pads nothing."""
-    recording = {"parameters": 10_000_000, "train_rows": 800, "validation_rows": 64, "validation_tokens": 1_300}
-    (tmp_path / "curves.json").write_text(json.dumps(recording | {"tokens_per_example": 20}))
-    values = {"study": "words", "model": f"replay:{tmp_path / 'curves.json'}", "data": {"train": "recorded"}}
-    spec = validate(values | {"machine": {"price": "$1/hour"}, "budget": {"cap": "$1"}}, "here")
-    store = Store(f"sqlite:///{tmp_path}/studies.db", create=True)
-    launch.create(store, spec, launch.look(spec, tmp_path), pricing.quote(spec), tmp_path / "words", ("boot", 0))
+    store = recorded.study(tmp_path)
     shares = {"a": 0.5, "b": 0.8, "c": None}
     rows = [SimpleNamespace(id=name, occupancy=share) for name, share in shares.items()]
     trials = [trial(0), trial(1), trial(2, "full")]

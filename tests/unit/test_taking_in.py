@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import recorded
 
 from budgets.tariff import Tariff
-from sweep import apply, launch, pricing, records, tables
-from sweep.spec import validate
-from sweep.store import Store
+from sweep import apply, records, tables
 from trainers.messages import BaseEvaluated, Ended, Event, Ready
 
 COMMON: dict[str, Any] = {"at_ms": 1, "usage": {}}
@@ -35,14 +33,9 @@ def test_events_are_taken_in_together_on_a_clock(
 ) -> None:
     """Proves that a pack's events are taken in many at a time, each with its offset, so that no kill applies one twice;
     that a worker's first and last words are seen at once; and that on recorded timings each is decided upon alone."""
-    recording = {"parameters": 10_000_000, "train_rows": 800, "validation_rows": 64, "validation_tokens": 1_300}
-    (tmp_path / "curves.json").write_text(json.dumps(recording | {"tokens_per_example": 20}))
-    values = {"study": "words", "model": f"replay:{tmp_path / 'curves.json'}", "data": {"train": "recorded"}}
     (tmp_path / "timings.json").write_text("{}")
     machine = {"price": "$1/hour"} | ({"timings": str(tmp_path / "timings.json")} if timings else {})
-    spec = validate(values | {"machine": machine, "budget": {"cap": "$1"}}, "here")
-    store = Store(f"sqlite:///{tmp_path}/studies.db", create=True)
-    launch.create(store, spec, launch.look(spec, tmp_path), pricing.quote(spec), tmp_path / "words", ("boot", 0))
+    store = recorded.study(tmp_path, machine=machine)
     row = {"id": "words:w001", "study": "words", "ordinal": 1, "state": "started", "folder": "", "hold": "", "slice": 1}
     row |= {"micros_per_hour": 1, "tariff": Tariff.flat(1).dumps(), "origin_boot_ms": 0, "boot_id": "boot"}
     with store.write() as connection:
