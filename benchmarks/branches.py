@@ -66,7 +66,8 @@ class Branching(LoraEngine):
         slot = Slot.empty(config, self._layout, self.base.model.dtype, self.base.device)
         slot.put(live.slot.weights)
         slot.steps = live.slot.steps
-        slot.moments = {name: moment.clone() for name, moment in live.slot.moments.items()}
+        for name, moment in live.slot.moments.items():
+            slot.moments[name].copy_(moment)
         plan = live.batches[: live.step + cooldown_steps(live.step)]
         self._left[copy] = live.step, len(live.batches)
         self._trials[copy] = Live(

@@ -112,7 +112,7 @@ class Allocation:
     # What the model is asked
 
     def _view(self, trials: Sequence[TrialRow], results: Results) -> _View | None:
-        known = (t for t in trials if t.rung >= 0 or t.diverged)
+        known = (t for t in trials if t.rung >= 0 or t.diverged or t.state == "failed")
         parked = {t.number: (t.tokens, t.slot, t.checkpoint) for t in trials if t.state == "paused"}
         key = tuple((t.number, t.state, t.rung, t.diverged, parked.get(t.number)) for t in known)
         group = frozenset(trial.config.method for trial in trials)

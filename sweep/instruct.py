@@ -45,12 +45,15 @@ class Instructor:
                 self._trial(study, worker, trial)
 
     def _trial(self, study: Study, worker: WorkerRow, trial: TrialRow) -> None:
-        if trial.state in {"paused", "waiting"}:
-            self._once(worker, trial.number, Pause(fence=study.fence, trial=trial.number))
-        elif trial.state != "live":
-            self._once(worker, trial.number, Drop(fence=study.fence, trial=trial.number))
-        else:
+        if trial.state == "live":
             self._train(study, worker, trial)
+            return
+        if worker.id == self.reattached and trial.number not in self._sent:
+            # It was seated, and perhaps nobody said so before the orchestrator died: the worker would take no notice,
+            # and the seat be taken for ever.
+            self._once(worker, trial.number, self._admit(study, trial))
+        leave = Pause if trial.state in {"paused", "waiting"} else Drop
+        self._once(worker, trial.number, leave(fence=study.fence, trial=trial.number))
 
     def _train(self, study: Study, worker: WorkerRow, trial: TrialRow) -> None:
         until = self.plan.until(trial.target)
@@ -60,19 +63,21 @@ class Instructor:
             if last.until_tokens != until:
                 self._once(worker, trial.number, go_on)
             return
-        admit = Admit(
+        self._once(worker, trial.number, self._admit(study, trial))
+        if worker.id == self.reattached:
+            # It may be there already and stand at its last rung, where an Admit does not move it.
+            self.launcher.send(Path(worker.folder), go_on)
+
+    def _admit(self, study: Study, trial: TrialRow) -> Admit:
+        return Admit(
             fence=study.fence,
             config=trial.config,
             attempt=trial.attempt or "",
             folder=str(Path(study.folder) / "trials" / f"{trial.number:04d}"),
-            until_tokens=until,
+            until_tokens=self.plan.until(trial.target),
             resume=trial.checkpoint,
             examine=trial.source is not None,
         )
-        self._once(worker, trial.number, admit)
-        if worker.id == self.reattached:
-            # It may be there already and stand at its last rung, where an Admit does not move it.
-            self.launcher.send(Path(worker.folder), go_on)
 
     def _once(self, worker: WorkerRow, key: int, command: Command) -> None:
         if self._sent.get(key) != command and self.launcher.send(Path(worker.folder), command):

@@ -44,6 +44,7 @@ EVALUATION_FLOOR = 0.8
 WANDERS = 0.27
 LEAST_MS = 0.5  # of what was measured as less than one
 LEAST_SHARE = 0.1  # of a stretch that must have been training: else it was compiling, and says nothing
+WORKS = 4096  # that are kept at most
 FREE = 1e-6  # seconds of what costs nothing where tokens are paid for
 
 
@@ -163,8 +164,8 @@ class Projector:
             self._learn(self._train(config, width, row.shared_batch), tokens, trained_ms, width)
         self._learn(self._evaluate(config.method, row.evaluate_tokens), row.evaluate_tokens, row.evaluate_ms)
         written = self._kept(config.method, row.full_loss is not None)
-        # A full-parameter trial that was written just before it was judged says 0, and nothing of what that took.
-        if written and (row.checkpoint_ms or config.method == "lora"):
+        # One that was written just before it was judged says 0, and nothing of what that took.
+        if written and (row.checkpoint_ms or row.write_ms):
             self._learn(self._piece("checkpoint", config.method), written, row.checkpoint_ms)
             self._learn(self._piece("write", config.method), written, row.write_ms or row.checkpoint_ms)
         if row.examine_ms:
@@ -372,6 +373,8 @@ class Projector:
     def _once(self, make: Callable[..., Work], *arguments: Any) -> Work:
         key = make.__name__, *arguments
         if key not in self._works:
+            if len(self._works) >= WORKS:  # a pack has another mean batch whenever somebody comes or goes
+                self._works.clear()
             self._works[key] = make(*arguments)
         return self._works[key]
 
@@ -381,7 +384,9 @@ class Projector:
         if config.method != "lora":
             width = 1.0
         loose = 0.0
-        if shared_batch is None:
+        if not self._layers:
+            shared_batch = config.batch_size  # nothing depends on the others'
+        elif shared_batch is None:
             shared_batch = config.batch_size + (width - 1) * (self.batch or config.batch_size)
             loose = (1 - 1 / width) * self._wanders
         return self._once(self._training, config, width, shared_batch, loose)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Table, func, select, update
+from sqlalchemy import Connection, Table, case, func, select, update
 
 from budgets.tariff import Tariff
 from sweep import clock, tables
@@ -204,8 +204,10 @@ def evaluations(connection: Connection, name: str) -> Sequence[Any]:
 
 
 def trained_tokens(connection: Connection, name: str) -> int:
-    """Tokens of all attempts of a study, from the start of each trial."""
-    query = select(func.coalesce(func.sum(tables.attempt.c.tokens), 0)).where(tables.attempt.c.study == name)
+    """Tokens that all attempts of a study trained; one that only took its seat, at a checkpoint, trained none."""
+    attempt = tables.attempt.c
+    trained = case((attempt.tokens > attempt.from_tokens, attempt.tokens - attempt.from_tokens), else_=0)
+    query = select(func.coalesce(func.sum(trained), 0)).where(attempt.study == name)
     return int(connection.execute(query).scalar_one())
 
 

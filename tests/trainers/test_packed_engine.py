@@ -270,3 +270,25 @@ def test_a_trial_made_ready_by_a_thread_is_the_same(make: Make, tmp_path: Path) 
     assert usual.keys() == prepared.keys() and len(usual) == 2
     for name, tensors in usual.items():
         assert all(torch.equal(tensor, prepared[name][key]) for key, tensor in tensors.items())
+
+
+def test_memory_that_lacks_for_a_trials_buffers_fails_it_as_it_comes(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a trial's slot needs is allocated when it is admitted: there a lack of it is this trial's own failure,
+    in its first optimizer step it would be the whole pack's."""
+    expected = train_pack(make(1), [TRIALS[0]], 5)[1]
+    engine, real = make(2), torch.zeros_like
+    engine.admit(TRIALS[0], None, None)
+
+    def failing(like: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        if like.ndim == 1 and like.numel() > 500:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(like, *arguments, **options)
+
+    monkeypatch.setattr(torch, "zeros_like", failing)
+    with pytest.raises(TrialFailed, match="Tried to allocate") as caught:
+        engine.admit(TRIALS[1], None, None)
+    assert (caught.value.trial, caught.value.code) == (2, "out_of_memory")
+    found = taken(engine, 1, curve(engine, 1, 5))
+    assert apart(found.losses, expected.losses) < 1e-9 and apart(found.moments, expected.moments) < 1e-9

@@ -100,6 +100,17 @@ def test_who_runs_or_diverged_is_not_thawed() -> None:
     assert allocation.thaw(trials[6:], few, projector(), []) is None
 
 
+def test_a_trial_that_failed_before_its_first_rung_is_known_at_once() -> None:
+    """Proves that what ran out of memory repels from then on, as after a resume, and not from the next loss on."""
+    trials, results = crossing()
+    newcomers, allocation = fresh(9, SEARCH), Allocation(SEARCH, SHARES, 0)
+    before = allocation.propose(trials, results, projector(), newcomers)
+    late = trial(8, before["lora_learning_rate"], 0, "failed")
+    failed = [*trials, replace(late, rung=-1, target=0, tokens=0)]
+    after = allocation.propose(failed, results, projector(), newcomers)
+    assert after == Allocation(SEARCH, SHARES, 0).propose(failed, results, projector(), newcomers) != before
+
+
 def test_a_new_configuration_is_asked_where_the_known_ones_are_poor() -> None:
     """Proves the choice between thawing and asking: one paused trial far behind the best end is not worth its way."""
     ends = [trial(n, 3e-4 * 1.05**n, 2, "completed") for n in range(4)]

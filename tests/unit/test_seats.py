@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,8 +11,12 @@ import pytest
 import recorded
 
 from sweep import records, seats, summary, tables
+from sweep.instruct import Instructor
+from sweep.projection import Plan
 from sweep.records import Study, TrialRow, WorkerRow
-from trainers.messages import TrialConfig
+from trainers.messages import Admit, Drop, Pause, TrialConfig
+
+PLAN = Plan(examples=100, run_tokens=10_000, rungs=(1_000,), rung_rows=16, rung_tokens=300, validation_tokens=900)
 
 
 def a_study(device: str = "NVIDIA H100", **changes: Any) -> Study:
@@ -81,6 +86,22 @@ def test_a_seat_is_free_for_one_method() -> None:
     assert not seats.free(worker, comes, [trial(0, "full")])
 
 
+def test_who_only_takes_a_seat_has_trained_nothing(tmp_path: Path) -> None:
+    """Proves what a worker that dies again and again is known by, also where its trials go on from checkpoints."""
+    store = recorded.study(tmp_path)
+    with store.write() as connection:
+        records.add_trial(connection, "words", trial(0).config, 1)
+        row = replace(trial(0), tokens=5_000)
+        for ordinal in (1, 2):
+            seats.take(connection, "words", cast(WorkerRow, SimpleNamespace(id="w", ordinal=ordinal)), row)
+            assert records.trained_tokens(connection, "words") == 0
+        ids = connection.execute(tables.attempt.select()).all()
+        for one, tokens in zip(ids, (5_600, 0), strict=True):  # a trial that did not even come in says 0
+            connection.execute(tables.attempt.update().where(tables.attempt.c.id == one.id).values(tokens=tokens))
+        assert records.trained_tokens(connection, "words") == 600
+    store.dispose()
+
+
 def test_occupancy_is_weighted_by_what_was_computed(tmp_path: Path) -> None:
     """Proves the statement's figure: what nobody measured is left out, and full-parameter training pads nothing."""
     store = recorded.study(tmp_path)
@@ -101,3 +122,35 @@ def test_occupancy_is_weighted_by_what_was_computed(tmp_path: Path) -> None:
             connection.execute(tables.attempt.insert().values(id=str(place), **named))
         assert occupancy() == pytest.approx(800 / (200 + 500 + 300))
     store.dispose()
+
+
+class Told:
+    """A launcher that keeps what it was told to send."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+
+    def send(self, folder: Path, command: Any) -> bool:
+        """See Launcher."""
+        self.sent.append(command)
+        return True
+
+
+@pytest.mark.parametrize(("state", "leaves"), [("paused", Pause), ("pruned", Drop)])
+def test_a_worker_that_may_not_know_a_trial_is_told_of_it_before_it_leaves(state: str, leaves: type[Any]) -> None:
+    """Proves that a seat is given back: the orchestrator died between the seat in its tables and the word to the
+    worker, and by now the trial is to leave, which a worker that never heard of it would not answer."""
+    for reattached, words in ((True, [Admit, leaves]), (False, [leaves])):
+        launcher = Told()
+        instructor = Instructor(cast(Any, launcher), PLAN)
+        instructor.reattached = "w0" if reattached else None
+        study = SimpleNamespace(fence=3, folder="study", base_loss=1.0)
+        worker = SimpleNamespace(id="w0", folder="worker")
+        current = SimpleNamespace(fence=3) if reattached else None
+        for _ in range(2):
+            row = replace(trial(0, state=state), attempt="a", checkpoint="ckpt")
+            instructor.instruct(cast(Any, study), cast(Any, worker), [row], cast(Any, current), examined=True)
+        sent = [command for command in launcher.sent if command is not current]
+        assert [type(command) for command in sent] == words
+        if reattached:
+            assert (sent[0].attempt, sent[0].resume) == ("a", "ckpt")

@@ -15,20 +15,13 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch.optim.AdamW's own
 NORM_EPSILON = 1e-6  # clip_grad_norm_'s
 
 
-def begin(slot: Slot) -> None:
-    """Counts a step that is about to be taken; before the first one there are no moments."""
-    if not slot.moments:
-        slot.moments = {name: torch.zeros_like(slot.weights) for name in MOMENTS}
-    slot.steps += 1
-
-
 @torch.no_grad()
 def step(slot: Slot, rate: float) -> torch.Tensor:
     """Takes one step at this rate; the gradient is zero then. Returns its norm before clipping, [].
 
     A norm that is NaN makes the weights so.
     """
-    begin(slot)
+    slot.steps += 1
     norm = torch.linalg.vector_norm(slot.gradient)
     slot.gradient.mul_(torch.clamp(slot.config.clip_norm / (norm + NORM_EPSILON), max=1.0))
     torch._fused_adamw_(

@@ -62,7 +62,7 @@ class Buffers:
     @classmethod
     def of(cls, slot: Slot, *, still: bool) -> Buffers:
         """Takes down what the slot holds now: copies, for which nobody waits here, or what is `still`, itself."""
-        weights, moments = slot.weights, dict(slot.moments)
+        weights, moments = slot.weights, dict(slot.moments) if slot.steps else {}
         if not still:
             weights, moments = _copy(weights), {name: _copy(moment) for name, moment in moments.items()}
         ready = None
@@ -163,4 +163,5 @@ def fill(slot: Slot, content: Content) -> None:
     """Puts the content into the trial's slot."""
     slot.put(content.weights)
     slot.steps = content.state.step
-    slot.moments = {name: moment.to(slot.weights) for name, moment in content.moments.items()}
+    for name, moment in content.moments.items():
+        slot.moments[name].copy_(moment)

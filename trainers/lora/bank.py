@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from trainers.checkpoints import MOMENTS
 from trainers.messages import TrialConfig
 from trainers.training import INITIALISATION, derive_seed
 
@@ -134,19 +135,23 @@ class Slot:
     weights: torch.Tensor
     gradient: torch.Tensor  # what backward adds to
     copy: torch.Tensor
-    moments: dict[str, torch.Tensor] = field(default_factory=dict)  # AdamW's by MOMENTS; none before the first step
+    moments: dict[str, torch.Tensor]  # AdamW's by MOMENTS; zero before the first step
     steps: int = 0  # of the optimizer
 
     @classmethod
     def empty(cls, config: TrialConfig, layout: Layout, dtype: torch.dtype, device: torch.device) -> Slot:
-        """Allocates a trial's buffers; its weights are zero. Raises ValueError as `check`."""
+        """Allocates all of a trial's buffers, zero; for want of memory it fails as it comes, not in a step of others.
+
+        Raises ValueError as `check`.
+        """
         check(config, layout)
         assert config.targets is not None and config.rank is not None
         compute = torch.bfloat16 if dtype == torch.bfloat16 else dtype
         masters = torch.float32 if compute == torch.bfloat16 else compute
         weights = torch.zeros(layout.elements(config.targets, config.rank), dtype=masters, device=device)
         copy = weights if compute == masters else torch.zeros_like(weights, dtype=compute)
-        return cls(config, layout, weights, torch.zeros_like(weights), copy)
+        moments = {name: torch.zeros_like(weights) for name in MOMENTS}
+        return cls(config, layout, weights, torch.zeros_like(weights), copy, moments)
 
     @classmethod
     def fresh(cls, config: TrialConfig, layout: Layout, dtype: torch.dtype, device: torch.device) -> Slot:
