@@ -33,6 +33,7 @@ WORLD, BUDGET, RESERVE, IDLE, OVERRUN = "world", "budget", "reserve", "idle", "o
 # `bill` is what a provider charged beyond the time that the sweep saw.
 OVERHEAD = tuple(f"overhead:{name}" for name in ("load", "compile", "checkpoint", "teardown", "bill"))
 NOT_COSTS = frozenset({WORLD, BUDGET, RESERVE, OVERRUN})
+BILL = "overhead:bill"  # what a provider billed beyond what was charged
 
 
 class LedgerError(Exception):
@@ -301,8 +302,9 @@ class Ledger:
     def reconcile(self, bill_micros: int, *, note: str) -> int:
         """Makes the books say what the provider's bill says; returns the bill less what was charged.
 
-        A lower bill is refunded, off the overrun first and then off every cost centre in proportion. A higher one is
-        charged to `overhead:bill`; what the cap does not cover is overrun. Raises HoldsOpen.
+        A lower bill is refunded: off the overrun first, then off what an earlier, higher bill was charged, which may
+        have been a slip, then off every cost centre in proportion. A higher one is charged to `overhead:bill`; what the
+        cap does not cover is overrun. Raises HoldsOpen.
         """
         self._lock()
         if self.open_holds():
@@ -313,7 +315,7 @@ class Ledger:
         seq = self.connection.execute(select(account.c.seq).where(self._where(BUDGET))).scalar_one()
         name = f"{self.study}:bill:{seq}"
         if difference > 0:
-            self.charge(name, "overhead:bill", difference, note=note)
+            self.charge(name, BILL, difference, note=note)
         elif difference < 0:
             found = min(-difference, balances.overrun)
             if found:
@@ -321,7 +323,9 @@ class Ledger:
             if found == balances.overrun:  # nothing was lost after all
                 self.connection.execute(update(account).where(self._where(BUDGET)).values(frozen=0))
             costs = {c: b for c, b in balances.accounts.items() if c not in NOT_COSTS and b > 0}
-            for code, part in sorted(split_micros(-difference - found, costs).items()):
+            slip = min(-difference - found, costs.pop(BILL, 0))
+            parts = split_micros(-difference - found - slip, costs) | ({BILL: slip} if slip else {})
+            for code, part in sorted(parts.items()):
                 self._transfer(f"refund:{name}:{code}", "refund", code, BUDGET, part, note=note)
         return difference
 

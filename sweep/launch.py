@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,8 @@ from sweep.plan import evaluated, lengths
 from sweep.pricing import Quote
 from sweep.records import Study
 from sweep.spec import Method, Spec
-from sweep.store import Store
+from sweep.standing import roomy
+from sweep.store import ORCHESTRATOR_LOCK, Store
 from sweep.study import check_sampler
 from trainers.memory import Correction
 
@@ -209,15 +213,37 @@ def create(store: Store, spec: Spec, facts: dict[str, Any], quote: Quote, folder
         raise exists(spec.study) from error
 
 
-def refuse_nothing(planned: Outline) -> None:
-    """Raises BudgetError for a plan whose search begins no trial: such a study would end at once, without a word."""
+@contextlib.contextmanager
+def provisional(folder: Path) -> Iterator[None]:
+    """A study's folder that is removed again if the launch comes to nothing, unless it was there before.
+
+    Or somebody launched a study of that name meanwhile, while this one waited for an answer.
+    """
+    before = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not before and not (folder / ORCHESTRATOR_LOCK).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()  # runs/, where nothing else is in it
+        raise
+
+
+def refuse_nothing(planned: Outline, notes: Sequence[str] = ()) -> None:
+    """Raises BudgetError for a plan whose search begins no trial: such a study would end at once, without a word.
+
+    `notes`: what the forecasts come from, where that is not the machine alone.
+    """
     if planned.trials:
         return
-    run = min(run.cost for run in planned.runs if run.searched)
+    run, overhead = min(run.cost for run in planned.runs if run.searched), planned.phase("overhead").cost
+    enough = usd(roomy(overhead + run) + planned.reserve)
+    ways = [f"raise budget.cap to {enough} or so", *["lower budget.reserve"] * bool(planned.reserve)]
     raise BudgetError(
         f"the {usd(planned.cap - planned.reserve)} for the search pay for no trial: a worker's start and end are "
-        f"forecast at {usd(planned.phase('overhead').cost)}, a run at {usd(run)}",
-        "raise budget.cap, lower budget.reserve, or shorten search.epochs; --anyway launches it all the same",
+        f"forecast at {usd(overhead)}, a run at {usd(run)}, and some is kept for what takes longer",
+        "; ".join([f"{', '.join(ways)}, or shorten search.epochs", *notes, "--anyway launches it all the same"]),
     )
 
 

@@ -103,6 +103,8 @@ def _add_missing_columns(connection: Connection) -> None:
                 connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {definition}")
 
 
+ORCHESTRATOR_LOCK = "orchestrator.lock"  # in a study's folder: who holds it drives the study
+
 # A new database runs them all; each one leaves alone what is there already.
 MIGRATIONS: list[Callable[[Connection], None]] = [
     _m001_first_tables,
@@ -228,7 +230,7 @@ class Store:
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / "orchestrator.lock").open("a")
+            lock = (folder / ORCHESTRATOR_LOCK).open("a")
         except OSError as error:
             raise DiskError(
                 f"the study's folder {folder} cannot be used: {error.strerror}",

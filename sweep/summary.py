@@ -21,6 +21,7 @@ from sweep.errors import NotFoundError
 from sweep.projection import Projector, projector_of
 from sweep.records import Study, TrialRow, WorkerRow
 from sweep.rungs import Results
+from sweep.standing import standing
 
 SCHEMA_VERSION = 1
 
@@ -257,6 +258,7 @@ def status(connection: Connection, name: str, now_ms: dict[str, int] | None = No
     return {
         "study": name,
         "state": study.state,
+        "standing": dataclasses.asdict(standing(connection, study, rows)),
         "worker": None if worker is None else {"state": worker.state, "device": worker.device, "slice": worker.slice},
         "cap": money(balances.cap),
         "spent": money(balances.spent),
@@ -329,6 +331,7 @@ def listing(connection: Connection) -> list[dict[str, Any]]:
             {
                 "study": name,
                 "state": study.state,
+                "standing": standing(connection, study, records.trials(connection, name)).kind,
                 "model": study.spec.model,
                 "trials": sum(trial["source"] is None for trial in ranked),
                 "best": None if top is None else top["full_loss"] or top["loss"],

@@ -23,6 +23,7 @@ from sweep.spec import SearchSpec, Spec
 GUESSES = 3  # of each method, from all studies together
 OF_ONE = 2  # of each method from one study: its second may do better on other data
 WIDTHS = 2.0  # factor within which two models of a family are alike
+SPEED = "warm start: the machine's speed is forecast"
 LEAST_MEASURED = 3  # stretches of training behind a speed
 
 
@@ -42,15 +43,22 @@ def apply(connection: Connection, spec: Spec, facts: Mapping[str, Any]) -> dict[
         every = [*mine, *first, *(one for one in known.first if one not in mine)]
         distinct = [one for place, one in enumerate(every) if one not in every[:place]]
         found["priors"] = known.model_copy(update={"first": tuple(distinct)}).model_dump(mode="json")
-    for study in studies:
-        if study.spec.model == spec.model and study.facts["device"] == facts["device"] and study.unit == "hour":
-            speed = _flops(connection, study)
-            if speed is not None:
-                found["flops"] = speed
-                notes.append(f"warm start: the machine's speed is forecast as study {study.name} measured it")
-                break
+    device = facts["device"]
+    alike = [s for s in studies if (s.spec.model, s.facts["device"], s.unit) == (spec.model, device, "hour")]
+    # Who trained longest measured best: one that ended after some steps knows what its first ones took.
+    for study in sorted(alike, key=lambda s: _trained_ms(connection, s), reverse=True):
+        speed = _flops(connection, study)
+        if speed is not None:
+            found["flops"] = speed
+            notes.append(f"{SPEED} as study {study.name} measured it; search.warm_start: off forgets it")
+            break
     found["notes"] = [*facts.get("notes", []), *notes]
     return found | {"warm_start": notes}
+
+
+def speed_from(facts: Mapping[str, Any]) -> list[str]:
+    """What a launch's facts say of where the machine's speed comes from; nothing where it is a guess."""
+    return [note for note in facts.get("warm_start", []) if note.startswith(SPEED)]
 
 
 def _studies(connection: Connection, spec: Spec, facts: Mapping[str, Any], named: Sequence[str] | None) -> list[Study]:
@@ -136,6 +144,10 @@ def _values(trial: TrialRow, study: Study, known: Priors) -> KnownValues:
         learning_rate=config.learning_rate * ratio,
         batch_size=config.batch_size,
     )
+
+
+def _trained_ms(connection: Connection, study: Study) -> int:
+    return sum(row.train_ms for row in records.evaluations(connection, study.name))
 
 
 def _flops(connection: Connection, study: Study) -> float | None:

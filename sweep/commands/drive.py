@@ -11,6 +11,7 @@ from budgets.money import usd
 from sweep import records, run, summary
 from sweep.errors import BudgetError, InvariantError
 from sweep.launchers.local import LocalLauncher
+from sweep.standing import more_money
 from sweep.store import Store
 
 
@@ -55,9 +56,11 @@ def conclude(store: Store, name: str) -> None:
         raise InvariantError(f"study {name} is frozen: {overrun} were used beyond what was held", f"sweep audit {name}")
     winner = state["best"]
     if winner is None or winner["full_loss"] is None:
+        with store.read() as connection:
+            more = more_money(connection, study, records.trials(connection, name))
         raise BudgetError(
             f"{usd(spent)} of {usd(cap)} are spent and no trial was trained to its end",
-            f"sweep resume {name} --cap ... spends more; a smaller search.epochs needs less",
+            f"{more}; or launch one with a smaller search.epochs",
         )
     if state["stopped"] is not None:
         click.echo(f"the search had enough: {state['stopped']}. {usd(cap - spent)} of the cap stay with you", err=True)

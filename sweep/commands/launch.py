@@ -56,20 +56,21 @@ def command(
     try:
         folder = launch.study_folder(wanted.study)
         launch.refuse_taken(store, wanted.study, folder)
-        facts = launch.look(wanted, folder)
-        if not anyway:
-            launch.compare_gpu(wanted, facts)
-        with store.read() as connection:
-            facts = warm_start.apply(connection, wanted, facts)
-        launch.settle_memory(store, wanted, facts)
-        planned = drawn(wanted, facts, price)
-        wanted, facts = settle(wanted, facts, price)
-        show_plan(Console(stderr=True), planned.as_json(), price.note, facts, wanted.machine.stop_command)
-        launch.refuse_optimizer(wanted)
-        if not anyway:
-            launch.refuse_nothing(planned)
-        if not yes and not click.confirm("Launch?", err=True):
-            raise UsageError("not launched; nothing was spent")
+        with launch.provisional(folder):
+            facts = launch.look(wanted, folder)
+            if not anyway:
+                launch.compare_gpu(wanted, facts)
+            with store.read() as connection:
+                facts = warm_start.apply(connection, wanted, facts)
+            launch.settle_memory(store, wanted, facts)
+            planned = drawn(wanted, facts, price)
+            wanted, facts = settle(wanted, facts, price)
+            show_plan(Console(stderr=True), planned.as_json(), price.note, facts, wanted.machine.stop_command)
+            launch.refuse_optimizer(wanted)
+            if not anyway:
+                launch.refuse_nothing(planned, warm_start.speed_from(facts))
+            if not yes and not click.confirm("Launch?", err=True):
+                raise UsageError("not launched; nothing was spent")
         launch.create(store, wanted, facts, price, folder, LocalLauncher().boot())
         drive(store, wanted.study, None, as_json=as_json)
     finally:

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from trainers.messages import WORKER_FOLDER, Command, Event, UsageRecord, WorkerJob, parse_event, parse_usage
 
+WATCHDOG_LOCK = "watchdog.lock"
 _USAGE_TAIL_BYTES = 4096
 _LOOK_S = 0.02
 
@@ -144,7 +145,7 @@ class FolderLauncher:
 
     def alive(self, folder: Path) -> bool:
         """See Launcher."""
-        return locked(folder / "watchdog.lock")
+        return locked(folder / WATCHDOG_LOCK)
 
     def worker_alive(self, folder: Path) -> bool:
         """See Launcher."""
@@ -153,7 +154,7 @@ class FolderLauncher:
     def fence_off(self, folder: Path) -> bool:
         """See Launcher. Raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "watchdog.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(folder / WATCHDOG_LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Under the lock: a watchdog that starts now waits for it, and then finds the fence.

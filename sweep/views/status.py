@@ -35,14 +35,15 @@ ROOMY = 12  # lines of a terminal in which the live view can say more than where
 
 def head(console: Console, status: dict[str, Any]) -> Text:
     """Which study, in which state, on what."""
-    worker = status["worker"]
-    if worker is None:
+    worker, standing = status["worker"], status["standing"]
+    state = status["state"] if standing["kind"] == "running" else standing["kind"]
+    if worker is None or standing["kind"] == "broken off":
         doing, device = "no worker runs", ""
     else:
         doing = f"worker {worker['state']}, slice {worker['slice']}"
         device = f", {worker['device']}" if worker["device"] else ""
     price = rate(status["micros_per_hour"], status["unit"])
-    return line(console, f"study {status['study']} ({status['state']}): {doing}, {price}{device}", "bold")
+    return line(console, f"study {status['study']} ({state}): {doing}, {price}{device}", "bold")
 
 
 def budget(console: Console, status: dict[str, Any]) -> list[Text]:

@@ -326,6 +326,8 @@ def _billing(price: Price) -> str:
 def show_status(console: Console, status: dict[str, Any]) -> None:
     """Prints the budget, what runs, the best so far and the last events."""
     console.print(state.head(console, status))
+    if status["standing"]["words"]:
+        say(console, status["standing"]["words"], "yellow")
     for part in state.budget(console, status):
         console.print(part)
     rows = state.running(console, status, state.goals(status), len(status["running"]) + 1)
@@ -347,7 +349,7 @@ def show_list(console: Console, listing: Sequence[dict[str, Any]]) -> None:
         return
     columns = [
         Column("study", [s["study"] for s in listing], least=20),
-        Column("state", [s["state"] for s in listing]),
+        Column("state", [s["standing"] for s in listing]),
         Column("trials", [f"{s['trials']:,}" for s in listing], right=True),
         Column("best loss", ["-" if s["best"] is None else figure(s["best"]) for s in listing], right=True),
         Column("spent", [usd(s["spent"]["micros"]) for s in listing], right=True),

@@ -265,7 +265,10 @@ class Books(RuleBasedStateMachine):
         elif difference < 0:
             found = min(-difference, lost)
             self.model.move(OVERRUN, WORLD, found)
-            for code, part in split_micros(-difference - found, costs).items():
+            billed = min(-difference - found, costs.get("overhead:bill", 0))
+            self.model.move("overhead:bill", BUDGET, billed)
+            others = {code: cost for code, cost in costs.items() if code != "overhead:bill"}
+            for code, part in split_micros(-difference - found - billed, others).items():
                 self.model.move(code, BUDGET, part)
 
     @rule(which=ANY)

@@ -126,6 +126,17 @@ def billed_less(transaction: Transaction, study: str) -> None:
         ledger.reconcile(777_777, note="invoice")
 
 
+def billed_by_mistake(transaction: Transaction, study: str) -> None:
+    """A bill that was mistyped, far beyond the cap, and then the right one."""
+    with transaction() as ledger:
+        ledger.hold(f"{study}:1", 900_000, fence=1, purpose="slice 1")
+    with transaction() as ledger:
+        ledger.settle(f"{study}:1", {"trial:0": 600_000, "idle": 100_000}, fence=1)
+    for bill in (70_000_000, 700_003):
+        with transaction() as ledger:
+            ledger.reconcile(bill, note="invoice")
+
+
 def billed_more(transaction: Transaction, study: str) -> None:
     """The bill is higher than the books, and than the cap."""
     with transaction() as ledger:
@@ -148,6 +159,7 @@ SCENARIOS = {
         taken_over,
         charged,
         billed_less,
+        billed_by_mistake,
         billed_more,
     )
 }
@@ -163,6 +175,7 @@ ENDS = {
     "taken_over": (CAP, 5_000, 200_000, 0, 0),
     "charged": (CAP, CAP, 0, 0, 50_000),
     "billed_less": (CAP, 777_777, 0, 0, 0),
+    "billed_by_mistake": (CAP, 700_003, 0, 0, 0),
     "billed_more": (CAP, CAP, 0, 0, 100_000),
 }
 

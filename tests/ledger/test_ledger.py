@@ -49,6 +49,23 @@ def test_a_hold_is_settled_by_cost_centre_and_the_rest_returns(store: Store) -> 
     assert drawn.trials == {0: 100_001} and drawn.overhead["load"] == 50_000
 
 
+def test_a_mistyped_bill_is_mended_by_the_right_one(store: Store) -> None:
+    """Proves that what was trained costs what it did, whatever was billed by mistake in between."""
+    with store.write() as connection:
+        ledger = Ledger(connection, "s")
+        ledger.hold("h", 400_000, fence=1, purpose="slice")
+        ledger.settle("h", {"trial:0": 100_001, "idle": 50_000}, fence=1)
+        assert ledger.reconcile(5 * CAP, note="a slip") == 5 * CAP - 150_001 and ledger.balances().frozen
+        ledger.reconcile(150_004, note="the invoice")
+        after = ledger.balances()
+    assert (after.spent, after.overrun, after.frozen) == (150_004, 0, False)
+    assert {code: after.accounts[code] for code in ("trial:0", "idle", "overhead:bill")} == {
+        "trial:0": 100_001,
+        "idle": 50_000,
+        "overhead:bill": 3,
+    }
+
+
 def test_the_cap_cannot_be_passed(store: Store) -> None:
     """Proves that a hold beyond what is left is refused without a trace, and that the last cent can be held."""
     with store.write() as connection:

@@ -80,7 +80,14 @@ VIEWS: dict[str, Show] = {
     "list": lambda c: tables.show_list(
         c,
         [
-            {"study": "words-" * 8, "state": "open", "model": "org/" + "m" * 70, "trials": n, "best": best}
+            {
+                "study": "words-" * 8,
+                "state": "open",
+                "standing": "out of money",
+                "model": "org/" + "m" * 70,
+                "trials": n,
+                "best": best,
+            }
             | {"spent": money(n), "cap": money(10**15)}
             for n, best in [(3, None), (100_000, 3.01)]
         ],

@@ -159,6 +159,9 @@ def a_status(
     return {
         "study": "words",
         "state": "open",
+        "standing": {"kind": "running", "words": ""}
+        if running
+        else {"kind": "broken off", "words": "nobody drives it, and its worker is gone; next: sweep resume words"},
         "worker": {"state": "ready", "device": "NVIDIA H100 80GB HBM3", "slice": 12} if running else None,
         "cap": money(cap),
         "spent": money(cap // 2),

@@ -1,0 +1,97 @@
+"""Where a study stands: who drives it, how it ended, what brings it on. People read it, no decision does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sqlalchemy import Connection
+
+from budgets.ledger import Ledger
+from budgets.money import usd
+from sweep import records, seats, slices, space
+from sweep.launchers.base import WATCHDOG_LOCK, locked
+from sweep.projection import projector_of
+from sweep.records import Study, TrialRow, WorkerRow
+from sweep.store import ORCHESTRATOR_LOCK
+
+Kind = Literal["running", "unattended", "broken off", "stopped", "out of money", "over", "closed"]
+
+SPARE = 1.3  # times what an end is forecast to take: a cap that is just enough is often not
+
+
+@dataclass(frozen=True)
+class Standing:
+    """`kind` in a word or two, and what to know or to type; nothing while it runs."""
+
+    kind: Kind
+    words: str
+
+
+def standing(connection: Connection, study: Study, trials: Sequence[TrialRow]) -> Standing:
+    """Where a study stands, as far as this machine can tell.
+
+    Whether an orchestrator lives is asked of its lock. What runs on another machine is taken to run.
+    """
+    worker = next(iter(records.workers(connection, study.name, living=True)), None)
+    kind = _kind(study, trials, worker)
+    resume = f"sweep resume {study.name}"
+    match kind:
+        case "unattended":
+            return Standing(kind, f"nobody drives it; its worker goes on until its paid time; next: {resume}")
+        case "broken off":
+            return Standing(kind, f"nobody drives it, and its worker is gone; next: {resume}")
+        case "stopped":
+            return Standing(kind, f"checkpointed and settled; next: {resume}")
+        case "out of money":
+            return Standing(kind, f"no trial came to its end; {more_money(connection, study, trials)}")
+        case "over":
+            return Standing(kind, f"next: sweep best {study.name}")
+        case _:
+            return Standing(kind, "")
+
+
+def _kind(study: Study, trials: Sequence[TrialRow], worker: WorkerRow | None) -> Kind:
+    if study.state == "closed":
+        return "closed"
+    folder = Path(study.folder)
+    here = folder.is_dir()
+    if here and locked(folder / ORCHESTRATOR_LOCK):
+        return "running"
+    if worker is not None:
+        if not here:
+            return "running"
+        return "unattended" if locked(Path(worker.folder) / WATCHDOG_LOCK) else "broken off"
+    if any(trial.state in records.RUNNING for trial in trials) or not trials:
+        return "stopped"
+    return "over" if any(trial.state == "completed" for trial in trials) else "out of money"
+
+
+def more_money(connection: Connection, study: Study, trials: Sequence[TrialRow]) -> str:
+    """Which cap would bring a trial to its end, and the command; of the parked ones the soonest, else a new one."""
+    projector = projector_of(study, connection)
+    projector.width = 1.0
+    search, examples = study.spec.search, projector.plan.examples
+    parked = [t for t in records.searched(trials) if t.state == "paused"]
+    new = [records.newcomer(space.typical(m, search, examples, study.spec.seed, len(trials))) for m in search.method]
+    slots = seats.slots(study, records.workers(connection, study.name))
+    training = min(projector.to_end(trial).mean for trial in parked or new)
+    tail = slices.tail_ms(projector.tail(search.method, slots).mean) / 1000
+    seconds = projector.load().mean + max(training, slices.MIN_SLICE_MS / 1000) + tail
+    balances = Ledger(connection, study.name).balances()
+    needed = balances.spent + roomy(round(seconds * study.micros_per_hour / 3600)) + balances.reserve
+    cap = round_up(max(needed, balances.cap + 1))
+    return f"sweep resume {study.name} --cap '{usd(cap)}' should bring one there"
+
+
+def roomy(micros: int) -> int:
+    """A round amount that pays for what is forecast at `micros`, and for its being late."""
+    return round_up(round(SPARE * micros))
+
+
+def round_up(micros: int) -> int:
+    """To whole cents, and under ten of them to hundredths of one."""
+    unit = 10_000 if micros > 100_000 else 100
+    return -(-micros // unit) * unit
