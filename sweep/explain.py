@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -29,16 +30,19 @@ def lines_of(node: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int
 
 
 def explain(
-    error: ErrorDetails, where: str, lines: dict[tuple[str, ...], int], root: type[BaseModel]
+    error: ErrorDetails, where: str, lines: Mapping[tuple[str, ...], int | str], root: type[BaseModel]
 ) -> tuple[str, str]:
-    """Returns a validation error of the `root` model as one line, and what to do about it."""
+    """Returns a validation error of the `root` model as one line, and what to do about it.
+
+    `lines` are those of the file's keys, or the flag that set a key.
+    """
     path = tuple(
         str(part)
         for part in error["loc"]
         if not str(part).startswith(("function-", "tuple", "Range", "constrained-", "str"))
     )
     line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
-    place = f"{where}, line {line}" if line else where
+    place = line if isinstance(line, str) else f"{where}, line {line}" if line else where
     name = ".".join(path)
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(path[-1], _known(path[:-1], root), n=1, cutoff=0.4)
@@ -54,7 +58,8 @@ def explain(
     message = error["msg"].removeprefix("Value error, ")
     given = error["input"]
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | list) else ""
-    return f"{place}: {name or 'spec'}: {message[0].lower()}{message[1:]}{shown}", ""
+    hint = f"a list is written [{given}]" if isinstance(given, str) and "," in given and path[-1:] == ("0",) else ""
+    return f"{place}: {name or 'spec'}: {message[0].lower()}{message[1:]}{shown}", hint
 
 
 def _known(path: tuple[str, ...], root: type[BaseModel]) -> list[str]:

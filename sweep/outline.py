@@ -33,6 +33,7 @@ from trainers.messages import TrialConfig
 METHODS: tuple[Method, ...] = ("lora", "full")
 CONFIGS = 16  # that are drawn from the space to find what a trial costs on average
 MARGIN = 1.2  # of the upper end of a run's forecast over its mean when the race begins: the machine is known by then
+FEW_ROWS = 30  # for validation: fewer, and a configuration wins by which rows were drawn
 FACTORS = (0.5, 2.0)  # of the cap, whose plans are compared with this one's
 
 
@@ -82,7 +83,7 @@ class Confirmation:
 
 @dataclass(frozen=True)
 class Shortfall:
-    """Something that the money does not reach for, and what would make it fit; the sentences of a warning."""
+    """Something that money or data do not reach for, and what would make it fit; the sentences of a warning."""
 
     what: str
     remedy: str
@@ -214,7 +215,10 @@ def outline(
         rungs=forecasts.rungs(search),
         phases=phases,
         confirmation=confirmation,
-        shortfalls=_shortfalls(spec, searched, search, confirmation, forecasts.price(last.mean)),
+        shortfalls=[
+            *_shortfalls(spec, searched, search, confirmation, forecasts.price(last.mean)),
+            *_few_rows(study.facts["data"]["splits"]["validation"]["rows"]),
+        ],
         others=[_other(one, spec.budget.cap) for one in others],
         probe_seconds=None if probed is None else probed.seconds,
     )
@@ -244,6 +248,14 @@ def _shortfalls(
         what += f", the reserve is {usd(spec.budget.reserve)}: with what the search leaves, {reached} confirmed"
         found.append(Shortfall(what, _more(spec, confirmed.needed, spec.budget.cap)))
     return found
+
+
+def _few_rows(rows: int) -> list[Shortfall]:
+    """Where so few validation rows choose that they choose by chance."""
+    if rows >= FEW_ROWS:
+        return []
+    what = f"{rows} validation row{'s' if rows > 1 else ''} can hardly tell configurations apart"
+    return [Shortfall(what, f"set more apart with data.validation, {FEW_ROWS} or more")]
 
 
 def _words(configurations: int, seeds: int) -> str:

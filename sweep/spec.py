@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import typing
+from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -433,13 +434,16 @@ def load(path: Path, overrides: typing.Sequence[str] = (), study: str | None = N
     values.setdefault("study", path.stem)
     if study is not None:
         values["study"] = study
-    for override in [*overrides, *([f"budget.cap={cap}"] if cap is not None else [])]:
-        _set(values, override)
-    return validate(values, str(path), lines_of(node))
+    lines: dict[tuple[str, ...], int | str] = dict(lines_of(node))
+    flags = [(override, f"--set {override}") for override in overrides]
+    for override, flag in [*flags, *([(f"budget.cap={cap}", f"--cap {cap}")] if cap is not None else [])]:
+        key = _set(values, override)
+        lines = {one: line for one, line in lines.items() if one[: len(key)] != key} | {key: flag}
+    return validate(values, str(path), lines)
 
 
-def validate(values: dict[str, Any], where: str, lines: dict[tuple[str, ...], int] | None = None) -> Spec:
-    """Checks plain values. Raises SpecError with the first thing that is wrong."""
+def validate(values: dict[str, Any], where: str, lines: Mapping[tuple[str, ...], int | str] | None = None) -> Spec:
+    """Checks plain values. Raises SpecError with the first thing that is wrong, and in which line or flag."""
     try:
         return Spec.model_validate(values, context=NEW)
     except ValidationError as error:
@@ -448,7 +452,8 @@ def validate(values: dict[str, Any], where: str, lines: dict[tuple[str, ...], in
         raise SpecError(f"{where}: {error}") from error
 
 
-def _set(values: dict[str, Any], override: str) -> None:
+def _set(values: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Carries out one override; returns its key, by parts."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise SpecError(f"--set {override!r}: write it as search.rank=[8,16]")
@@ -463,3 +468,4 @@ def _set(values: dict[str, Any], override: str) -> None:
         if not isinstance(section, dict):
             raise SpecError(f"--set {override!r}: {parent} is not a section")
     section[last] = value
+    return (*parents, last)

@@ -20,7 +20,9 @@ TOPICS = {
 
 
 @click.command()
-@click.argument("topic", type=click.Choice(list(TOPICS)))
-def command(topic: str) -> None:
-    """Exit codes and other topics."""
-    click.echo(TOPICS[topic])
+@click.argument("topic", type=click.Choice(list(TOPICS)), required=False)
+@click.pass_context
+def command(context: click.Context, topic: str | None) -> None:
+    """Exit codes and other topics; without one, the verbs."""
+    assert context.parent is not None
+    click.echo(TOPICS[topic] if topic else context.parent.get_help())

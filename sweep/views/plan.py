@@ -94,7 +94,7 @@ def _what(drawn: Mapping[str, Any], phase: Mapping[str, Any]) -> str:
         case "search":
             low, high = _count(drawn["trials_low"]), _count(drawn["trials_high"])
             return (
-                f"{_count(drawn['trials'])} trials ({low} to {high}), {_count(drawn['rungs'][-1]['trials'])} to the end"
+                f"{_count(drawn['trials'])} trials, {_count(drawn['rungs'][-1]['trials'])} to the end ({low} to {high})"
             )
         case "confirmation":
             found = drawn["confirmation"]

@@ -76,10 +76,10 @@ def test_what_is_missing_is_said_with_what_would_do(path: Path, override: str, h
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("search.rnk=3", r"line 8: unknown key search\.rnk; did you mean rank\?"),
+        ("search.rnk=3", r"^--set search\.rnk=3: unknown key search\.rnk; did you mean rank\?"),
         ("modl=3", r"unknown key modl; did you mean model\?"),
-        ("budget.cap=$0", r"line 7: budget\.cap: .*greater than 0"),
-        ("machine.price=-1", r"line 5: machine\.price: a price must be positive"),
+        ("budget.cap=$0", r"^--set budget\.cap=\$0: budget\.cap: .*greater than 0"),
+        ("machine.price=-1", r"^--set machine\.price=\-1: machine\.price: a price must be positive"),
         ("search.targets=[atention]", r"search\.targets\.0: input should be 'attention', 'mlp' or 'all-linear'"),
         ("search.learning_rate={low: 1, high: 0.1}", r"search\.learning_rate: low 1 is over high 0\.1"),
         ("machine.price=null", r"line 4: machine: needs `gpu`"),
@@ -95,10 +95,19 @@ def test_what_is_missing_is_said_with_what_would_do(path: Path, override: str, h
         ("search.rank=true", r"true and false are no choices"),
         ("machine.device=gpu", r"device: is auto, cpu, cuda or cuda:N"),
         ("search.rungs=[0.2, 0.1]", r"rungs must rise"),
-        ("search.rungs=halvng", r"line 8: search\.rungs: is a list of shares .*`hyperband`.* \(given: 'halvng'\)"),
-        ("search.sampler=tpee", r"line 8: search\.sampler: is `curves`, `tpe`, .* or module:Class.* \(given: 'tpee'\)"),
+        (
+            "search.rungs=halvng",
+            r"^--set search\.rungs=halvng: search\.rungs: is a list of shares .*`hyperband`.* \(given: 'halvng'\)",
+        ),
+        (
+            "search.sampler=tpee",
+            r"^--set search\.sampler=tpee: search\.sampler: is `curves`, .* or module:Class.* \(given: 'tpee'\)",
+        ),
         ("budget.cap=lots", r"not an amount of dollars"),
-        ("machine.slots=0", r"line 4: machine\.slots: is `auto`, or how many LoRA trials .* 1 to 64 \(given: 0\)"),
+        (
+            "machine.slots=0",
+            r"^--set machine\.slots=0: machine\.slots: is `auto`, or how many LoRA trials .* 1 to 64 \(given: 0\)",
+        ),
         ("machine.slots=65", r"1 to 64"),
         ("machine.slots=many", r"1 to 64"),
         ("machine.slots=2.5", r"1 to 64"),
@@ -111,6 +120,24 @@ def test_errors_name_key_and_line(path: Path, override: str, message: str) -> No
     with pytest.raises(SpecError, match=message) as caught:
         load(path, [override])
     assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_is_where_it_was_made(path: Path, tmp_path: Path) -> None:
+    """Proves that a line of the file is blamed for what stands there, and a flag for what it says instead of it."""
+    text = path.read_text()
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(text.replace("search:", "search:\n  rungs: halvng", 1))
+    number = text[: text.index("search:")].count("\n") + 2
+    with pytest.raises(SpecError, match=rf"wrong\.yaml, line {number}: search\.rungs: is a list"):
+        load(wrong)
+    assert load(wrong, ["search.rungs=halving"]).search.rungs == "halving"
+    with pytest.raises(SpecError, match=r"^--cap \$2OO: budget\.cap: '\$2OO' is not an amount"):
+        load(path, cap="$2OO")
+    with pytest.raises(SpecError, match=r"^--set search=\{ranks: 8\}: unknown key search\.ranks"):
+        load(path, ["search={ranks: 8}"])
+    with pytest.raises(SpecError, match=r"^--set search\.rank=8,16: ") as caught:
+        load(path, ["search.rank=8,16"])
+    assert caught.value.hint == "a list is written [8,16]"
 
 
 def test_files_that_are_no_spec(tmp_path: Path) -> None:
