@@ -65,7 +65,7 @@ lint: install
 	$(BIN)/mypy
 
 # Tests marked smollm load the real model; without the folder they would have nothing to load. Four at a time on two cores,
-# since many wait for processes or for a slice to end; the tests of a file stay together, in the order of tests/conftest.py.
+# since many wait for processes or for a slice to end; the tests of a file stay together, and the long files come first.
 # Each computes on one thread. Those marked alone hold processes to deadlines of seconds.
 test: lint model
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not stress and not alone' -n 4 --dist loadfile --no-loadscope-reorder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import shutil
 import sqlite3
@@ -29,23 +28,6 @@ for _name in [name for name in ("bitsandbytes", "torchao") if name in sys.module
 def pytest_report_header() -> str:
     """Names the SQLite that is tested."""
     return f"sqlite {sqlite3.sqlite_version}"
-
-
-# Files that take longest: they begin early, or a single one is what the run waits for at its end.
-_LONGEST = ("test_study_life.py", "test_faults.py", "test_full_processes.py", "test_search_tables.py", "test_study.py")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts files that wait, for processes and slices, and files that compute in turn, so that neither cores nor xdist's
-    workers stand idle: it hands whole files out in this order."""
-    files: dict[Path, list[pytest.Item]] = {}
-    for item in items:
-        files.setdefault(item.path, []).append(item)
-    in_order = sorted(files, key=lambda path: _LONGEST.index(path.name) if path.name in _LONGEST else len(_LONGEST))
-    waiting = [path for path in in_order if path.parent.name == "e2e"]
-    computing = [path for path in in_order if path.parent.name != "e2e"]
-    turns = itertools.chain.from_iterable(itertools.zip_longest(waiting, computing))
-    items[:] = [item for path in turns if path is not None for item in files[path]]
 
 
 def _postgres_binaries() -> Path | None:
