@@ -164,8 +164,9 @@ class Projector:
             self._learn(self._train(config, width, row.shared_batch), tokens, trained_ms, width)
         self._learn(self._evaluate(config.method, row.evaluate_tokens), row.evaluate_tokens, row.evaluate_ms)
         written = self._kept(config.method, row.full_loss is not None)
-        # One that was written just before it was judged says 0, and nothing of what that took.
-        if written and (row.checkpoint_ms or row.write_ms):
+        # A full-parameter trial that was written just before it was judged says 0, and nothing of what that took. An
+        # adapter may say so too, before the first judgement of its kind, but where writing is free 0 is all there is.
+        if written and (row.checkpoint_ms or config.method == "lora"):
             self._learn(self._piece("checkpoint", config.method), written, row.checkpoint_ms)
             self._learn(self._piece("write", config.method), written, row.write_ms or row.checkpoint_ms)
         if row.examine_ms:

@@ -56,17 +56,24 @@ def standing(connection: Connection, study: Study, trials: Sequence[TrialRow]) -
 def _kind(study: Study, trials: Sequence[TrialRow], worker: WorkerRow | None) -> Kind:
     if study.state == "closed":
         return "closed"
-    folder = Path(study.folder)
-    here = folder.is_dir()
-    if here and locked(folder / ORCHESTRATOR_LOCK):
+    driven = _held(Path(study.folder) / ORCHESTRATOR_LOCK)
+    if driven:
         return "running"
     if worker is not None:
-        if not here:
+        if driven is None:
             return "running"
-        return "unattended" if locked(Path(worker.folder) / WATCHDOG_LOCK) else "broken off"
+        return "unattended" if _held(Path(worker.folder) / WATCHDOG_LOCK) else "broken off"
     if any(trial.state in records.RUNNING for trial in trials) or not trials:
         return "stopped"
     return "over" if any(trial.state == "completed" for trial in trials) else "out of money"
+
+
+def _held(path: Path) -> bool | None:
+    """Whether a process holds the lock; None where that can't be seen: on another machine, or another user's."""
+    try:
+        return locked(path) if path.parent.is_dir() else None
+    except OSError:
+        return None
 
 
 def more_money(connection: Connection, study: Study, trials: Sequence[TrialRow]) -> str:
