@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +12,7 @@ from budgets.ledger import Ledger
 from budgets.money import usd
 from sweep import records, seats, slices, space
 from sweep.launchers.base import WATCHDOG_LOCK, locked
-from sweep.projection import projector_of
+from sweep.projection import Projector
 from sweep.records import Study, TrialRow, WorkerRow
 from sweep.store import ORCHESTRATOR_LOCK
 
@@ -22,38 +21,11 @@ Kind = Literal["running", "unattended", "broken off", "stopped", "out of money",
 SPARE = 1.3  # times what an end is forecast to take: a cap that is just enough is often not
 
 
-@dataclass(frozen=True)
-class Standing:
-    """`kind` in a word or two, and what to know or to type; nothing while it runs."""
-
-    kind: Kind
-    words: str
-
-
-def standing(connection: Connection, study: Study, trials: Sequence[TrialRow]) -> Standing:
-    """Where a study stands, as far as this machine can tell.
+def kind(study: Study, states: Collection[str], worker: WorkerRow | None) -> Kind:
+    """Where a study stands, as far as this machine can tell; `states` are its trials', `worker` the living one.
 
     Whether an orchestrator lives is asked of its lock. What runs on another machine is taken to run.
     """
-    worker = next(iter(records.workers(connection, study.name, living=True)), None)
-    kind = _kind(study, trials, worker)
-    resume = f"sweep resume {study.name}"
-    match kind:
-        case "unattended":
-            return Standing(kind, f"nobody drives it; its worker goes on until its paid time; next: {resume}")
-        case "broken off":
-            return Standing(kind, f"nobody drives it, and its worker is gone; next: {resume}")
-        case "stopped":
-            return Standing(kind, f"checkpointed and settled; next: {resume}")
-        case "out of money":
-            return Standing(kind, f"no trial came to its end; {more_money(connection, study, trials)}")
-        case "over":
-            return Standing(kind, f"next: sweep best {study.name}")
-        case _:
-            return Standing(kind, "")
-
-
-def _kind(study: Study, trials: Sequence[TrialRow], worker: WorkerRow | None) -> Kind:
     if study.state == "closed":
         return "closed"
     driven = _held(Path(study.folder) / ORCHESTRATOR_LOCK)
@@ -63,9 +35,27 @@ def _kind(study: Study, trials: Sequence[TrialRow], worker: WorkerRow | None) ->
         if driven is None:
             return "running"
         return "unattended" if _held(Path(worker.folder) / WATCHDOG_LOCK) else "broken off"
-    if any(trial.state in records.RUNNING for trial in trials) or not trials:
+    if not states or any(state in records.RUNNING for state in states):
         return "stopped"
-    return "over" if any(trial.state == "completed" for trial in trials) else "out of money"
+    return "over" if "completed" in states else "out of money"
+
+
+def words(found: Kind, connection: Connection, study: Study, trials: Sequence[TrialRow], projector: Projector) -> str:
+    """What to know of a study of that kind, or to type; nothing while it runs."""
+    resume = f"sweep resume {study.name}"
+    match found:
+        case "unattended":
+            return f"nobody drives it; its worker goes on until its paid time; next: {resume}"
+        case "broken off":
+            return f"nobody drives it, and its worker is gone; next: {resume}"
+        case "stopped":
+            return f"checkpointed and settled; next: {resume}"
+        case "out of money":
+            return f"no trial came to its end; {more_money(connection, study, trials, projector)}"
+        case "over":
+            return f"next: sweep best {study.name}"
+        case _:
+            return ""
 
 
 def _held(path: Path) -> bool | None:
@@ -76,10 +66,9 @@ def _held(path: Path) -> bool | None:
         return None
 
 
-def more_money(connection: Connection, study: Study, trials: Sequence[TrialRow]) -> str:
+def more_money(connection: Connection, study: Study, trials: Sequence[TrialRow], projector: Projector) -> str:
     """Which cap would bring a trial to its end, and the command; of the parked ones the soonest, else a new one."""
-    projector = projector_of(study, connection)
-    projector.width = 1.0
+    projector = projector.among(1.0)
     search, examples = study.spec.search, projector.plan.examples
     parked = [t for t in records.searched(trials) if t.state == "paused"]
     new = [records.newcomer(space.typical(m, search, examples, study.spec.seed, len(trials))) for m in search.method]

@@ -36,6 +36,7 @@ from sweep.errors import (
 DEFAULT_STORAGE = "sqlite:///studies.db"
 BUSY_MS = 30_000  # how long a transaction waits for another's lock
 IDLE_MS = 60_000  # how long PostgreSQL lets a transaction stand open while its client does nothing
+ORCHESTRATOR_LOCK = "orchestrator.lock"  # in a study's folder: who holds it drives the study
 NETWORK_FILE_SYSTEMS = {
     "nfs",
     "nfs4",
@@ -102,8 +103,6 @@ def _add_missing_columns(connection: Connection) -> None:
                 definition = CreateColumn(column).compile(dialect=connection.dialect)
                 connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {definition}")
 
-
-ORCHESTRATOR_LOCK = "orchestrator.lock"  # in a study's folder: who holds it drives the study
 
 # A new database runs them all; each one leaves alone what is there already.
 MIGRATIONS: list[Callable[[Connection], None]] = [

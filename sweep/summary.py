@@ -15,13 +15,12 @@ from budgets.ledger import Balances, Ledger, trial_account
 from budgets.money import MICROS
 from budgets.schema import transfer
 from budgets.statement import statement as draw_up
-from sweep import endgame, finale, records, space, tables, triage
+from sweep import endgame, finale, records, space, standing, tables, triage
 from sweep.endgame import Outcome
 from sweep.errors import NotFoundError
 from sweep.projection import Projector, projector_of
 from sweep.records import Study, TrialRow, WorkerRow
 from sweep.rungs import Results
-from sweep.standing import standing
 
 SCHEMA_VERSION = 1
 
@@ -254,11 +253,12 @@ def status(connection: Connection, name: str, now_ms: dict[str, int] | None = No
     searched, repeated = records.searched(rows), records.confirmations(rows)
     for row in searched:
         counts[row.state] = counts.get(row.state, 0) + 1
+    kind = standing.kind(study, [row.state for row in rows], worker)
     evaluated = bool(ranked) and ranked[0]["loss"] is not None
     return {
         "study": name,
         "state": study.state,
-        "standing": dataclasses.asdict(standing(connection, study, rows)),
+        "standing": {"kind": kind, "words": standing.words(kind, connection, study, rows, projector)},
         "worker": None if worker is None else {"state": worker.state, "device": worker.device, "slice": worker.slice},
         "cap": money(balances.cap),
         "spent": money(balances.spent),
@@ -326,12 +326,13 @@ def listing(connection: Connection) -> list[dict[str, Any]]:
         study = records.study(connection, name)
         balances = Ledger(connection, name).balances()
         ranked = trials(connection, name)
+        worker = next(iter(records.workers(connection, name, living=True)), None)
         top = ranked[0] if ranked and ranked[0]["loss"] is not None else None
         found.append(
             {
                 "study": name,
                 "state": study.state,
-                "standing": standing(connection, study, records.trials(connection, name)).kind,
+                "standing": standing.kind(study, [trial["state"] for trial in ranked], worker),
                 "model": study.spec.model,
                 "trials": sum(trial["source"] is None for trial in ranked),
                 "best": None if top is None else top["full_loss"] or top["loss"],

@@ -11,6 +11,7 @@ from budgets.money import usd
 from sweep import records, run, summary
 from sweep.errors import BudgetError, InvariantError
 from sweep.launchers.local import LocalLauncher
+from sweep.projection import projector_of
 from sweep.standing import more_money
 from sweep.store import Store
 
@@ -57,7 +58,8 @@ def conclude(store: Store, name: str) -> None:
     winner = state["best"]
     if winner is None or winner["full_loss"] is None:
         with store.read() as connection:
-            more = more_money(connection, study, records.trials(connection, name))
+            trials, projector = records.trials(connection, name), projector_of(study, connection)
+            more = more_money(connection, study, trials, projector)
         raise BudgetError(
             f"{usd(spent)} of {usd(cap)} are spent and no trial was trained to its end",
             f"{more}; or launch one with a smaller search.epochs",

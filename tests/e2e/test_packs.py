@@ -72,7 +72,8 @@ def test_a_study_of_packs(tmp_path: Path, victim: str) -> None:
     assert {worker.slots["lora"] for worker in found["workers"]} == {4}
     # Nobody was promoted before four had started, although the spec lets no more than two take turns.
     starts = [text.split()[1] for text in found["log"] if text.startswith("trial") and text.endswith("starts")]
-    # In which order the four are made ready, beside each other, is for the machine to say.
+    # They are seated in their order; in which they are made ready, beside each other, is for the machine to say.
+    assert [attempt.trial for attempt in found["attempts"]][:4] == [0, 1, 2, 3]
     assert sorted(starts[:4]) == ["0", "1", "2", "3"]
     lost = [attempt for attempt in found["attempts"] if attempt.ended == "lost"]
     assert len(lost) > 1, "several trained when the worker died"
