@@ -52,7 +52,8 @@ from trainers.full.distributed import Ensemble, GroupError
 from trainers.full.engine import FullEngine
 from trainers.full.replica import deal
 from trainers.messages import TrialConfig, WorkerJob
-from trainers.models import Base, ModelError, load_base
+from trainers.models import Base, load_base
+from trainers.named import ModelError
 from trainers.splits import Split, batches, cut
 
 STRETCHES = 5  # of the measured steps: a compilation in one of them changes no figure

@@ -26,6 +26,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trainers.metrics import MetricError
+from trainers.named import ModelError, data_file, model_folder
+from trainers.splits import DataError
+
 BAD_INPUT, DISK_FULL = 7, 8
 
 
@@ -59,7 +63,6 @@ def _device() -> dict[str, Any]:
 
 def _shape(model: Any) -> dict[str, Any] | None:
     """The model's shape; None where its code does not run without weights: what it needs is not predicted then."""
-    from trainers.models import ModelError
     from trainers.shapes import shape_of
 
     try:
@@ -131,14 +134,19 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    from trainers.metrics import MetricError
-    from trainers.models import ModelError
-    from trainers.rows import DISK_ERRORS
-    from trainers.splits import DataError
+def _look_at_names(request: dict[str, Any]) -> None:
+    """Raises ModelError or DataError for a local folder or file that cannot be one."""
+    model_folder(request["model"])
+    for part in ("train", "validation", "test", "retention"):
+        if isinstance(source := request.get(part), str):
+            data_file(source)
 
+
+def _answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     begun = time.monotonic()
     try:
+        _look_at_names(request)  # first, since what follows imports torch, transformers and datasets
+        _silence()
         found = check(request) if "train" in request else model_alone(request["model"], request["methods"])
     except ModelError as error:
         return BAD_INPUT, _refusal("model", str(error), "model: in the spec names a folder or a hub id")
@@ -147,6 +155,8 @@ def _answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     except MetricError as error:
         return BAD_INPUT, _refusal("objective", str(error), "objective: in the spec names the metric")
     except OSError as error:
+        from trainers.rows import DISK_ERRORS
+
         if error.errno not in DISK_ERRORS:
             raise
         message = f"{request['out_folder']}: {error.strerror}"
@@ -164,7 +174,6 @@ def main(arguments: list[str]) -> int:
     answer_to = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     request = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-    _silence()
     code, answer = _answer(request)
     with answer_to:
         answer_to.write(json.dumps(answer) + "\n")

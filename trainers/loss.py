@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from trainers.lora.head import chunk_loss, chunk_of
-from trainers.models import Base, ModelError
+from trainers.models import Base
+from trainers.named import ModelError
 from trainers.splits import Example, Split
 
 CHUNK_LOGITS = 2**26  # logits computed at once: 256 MiB in fp32

@@ -33,16 +33,13 @@ from trainers.checkpoints import write_folder
 from trainers.engine import Engine
 from trainers.memory import MICRO_TOKENS
 from trainers.messages import Targets, WorkerJob
+from trainers.named import ModelError, model_folder, with_config
 from trainers.splits import Split
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 # What model configs call a function between lm_head and the loss; the chunked loss knows none of them.
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "mup_width_scale")
-
-
-class ModelError(Exception):
-    """A base model that cannot be trained. One line: which, what is wrong, what to do."""
 
 
 @dataclass
@@ -99,25 +96,14 @@ def resolve(model: str, files: Sequence[str] = FILES) -> Path:
 
     Raises ModelError where there is none.
     """
-    path = Path(model).expanduser()
-    if path.suffix == ".gguf":
-        raise ModelError(f"{model}: is a GGUF file; convert it into a folder of safetensors first")
-    if path.exists() and not path.is_dir():
-        raise ModelError(f"{model}: is a file; name the model's folder or a hub id")
-    if path.is_dir():
-        folder = path.resolve()
-    elif model.startswith((".", "/", "~")):
-        raise ModelError(f"{model}: no such folder; check the path, or name a hub id as owner/name")
-    else:
-        try:
-            folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=list(files)))
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            raise ModelError(
-                f"{model}: is no local folder and cannot be had from the hub: {one_line(error)}"
-            ) from error
-    if not (folder / "config.json").exists():
-        raise ModelError(f"{model}: has no config.json; name a folder as transformers saves it")
-    return folder
+    local = model_folder(model)
+    if local is not None:
+        return local
+    try:
+        folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=list(files)))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ModelError(f"{model}: is no local folder and cannot be had from the hub: {one_line(error)}") from error
+    return with_config(model, folder)
 
 
 def load_config(folder: Path) -> PretrainedConfig:

@@ -13,7 +13,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from trainers.models import LOAD_ERRORS, ModelError, layer_linears, one_line
+from trainers.models import LOAD_ERRORS, layer_linears, one_line
+from trainers.named import ModelError
 
 BF16 = 2.0  # bytes a weight
 

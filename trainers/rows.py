@@ -18,13 +18,11 @@ from typing import Any
 
 import datasets
 
+from trainers.named import BUILDERS, EXPECTED, HUB_ID, data_file
 from trainers.splits import DataError
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COLUMNS = {"prompt": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
 ROLES = ("system", "developer", "user", "assistant", "tool")
-EXPECTED = "prompt and completion, messages, or text"
-HUB_ID = re.compile(r"^(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w.-]+))?$")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -86,20 +84,12 @@ def _load_file(path: Path, scratch: Path) -> datasets.Dataset:
 
 
 def _read_file(path: Path, scratch: Path) -> tuple[datasets.Dataset, str, int]:
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder; name one file ending in {', '.join(BUILDERS)}")
-    if not path.exists():
-        raise DataError(f"{path}: no such file; check the path, or name a hub data set as owner/name")
-    if path.suffix not in BUILDERS:
-        raise DataError(f"{path.name}: unknown kind of file; use one ending in {', '.join(BUILDERS)}")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    if size == 0:
-        raise DataError(f"{path.name}: is empty; it needs rows of {EXPECTED}")
     try:
         return _load_file(path, scratch), sha256, size
     except DataError:
@@ -172,12 +162,12 @@ def read(source: str, scratch: Path) -> Source:
     `scratch` is a folder for what `datasets` builds meanwhile; nothing is left in it. Raises DataError, and OSError
     where the disk is full.
     """
-    path = Path(source).expanduser()
-    hub = HUB_ID.match(source)
-    if path.exists() or path.suffix in BUILDERS or not hub:
+    if (path := data_file(source)) is not None:
         name = path.name
         table, sha256, size = _read_file(path, scratch)
     else:
+        hub = HUB_ID.match(source)
+        assert hub is not None
         name = source
         table = _read_hub(hub["id"], hub["split"] or "train")
         sha256, size = "", 0

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trainers.memory import Shape
-from trainers.models import ModelError, layer_linears, layers_of, one_line
+from trainers.models import layer_linears, layers_of, one_line
+from trainers.named import ModelError
 from trainers.quantised import bytes_a_weight
 
 _TOKENS = 64  # that run through the model; everything is counted a token

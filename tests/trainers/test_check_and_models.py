@@ -17,7 +17,7 @@ from tiny import save_model
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, OPTConfig
 
 from trainers import check, models
-from trainers.models import ModelError
+from trainers.named import ModelError
 from trainers.splits import DataError
 
 ROOT = Path(__file__).parents[2]

@@ -25,7 +25,8 @@ from trainers.full.replica import deal
 from trainers.full.weights import MASTERS
 from trainers.generation import greedy
 from trainers.messages import WorkerJob
-from trainers.models import LoadedEngines, ModelError, load_base, load_engines
+from trainers.models import LoadedEngines, load_base, load_engines
+from trainers.named import ModelError
 from trainers.splits import Split, load_split
 
 Load = Callable[[], LoadedEngines]

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 
 from trainers import loss
 from trainers.loss import chunked_nll, compare_with_own, compared_rows, completion_nll, flat_batch, verify_loss
-from trainers.models import Base, ModelError, load_base
+from trainers.models import Base, load_base
+from trainers.named import ModelError
 from trainers.splits import Example, Split, load_split
 
 CPU = torch.device("cpu")

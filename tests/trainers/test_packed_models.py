@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from trainers.lora.engine import LoraEngine
 from trainers.messages import WorkerJob
-from trainers.models import ModelError, load_base, load_config, load_engines, skeleton
+from trainers.models import load_base, load_config, load_engines, skeleton
+from trainers.named import ModelError
 from trainers.quantised import check_quantised
 from trainers.shapes import shape_of
 from trainers.splits import Split, load_split

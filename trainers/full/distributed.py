@@ -36,7 +36,8 @@ from trainers.full.replica import Options, Replica, Saved
 from trainers.full.sharded import Sharded
 from trainers.full.weights import Pristine, check
 from trainers.messages import FailureCode, TrialConfig, WorkerJob
-from trainers.models import Base, ModelError, load_config, load_tokenizer, one_line, resolve
+from trainers.models import Base, load_config, load_tokenizer, one_line, resolve
+from trainers.named import ModelError
 from trainers.splits import Split, load_split
 from trainers.training import is_out_of_memory
 

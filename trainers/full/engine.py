@@ -39,7 +39,8 @@ from trainers.full.replica import Options, Replica, Saved
 from trainers.health import Health
 from trainers.memory import captures
 from trainers.messages import FailureCode, TrialConfig, WorkerJob
-from trainers.models import Base, ModelError, one_line
+from trainers.models import Base, one_line
+from trainers.named import ModelError
 from trainers.splits import Split, batches
 from trainers.training import DROPOUT, MICRO_TOKENS, Late, Run, derive_seed, evaluation, is_out_of_memory, rate
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from trainers.checkpoints import CheckpointError
 from trainers.messages import Optimizer, TrialConfig
-from trainers.models import ModelError, one_line
+from trainers.models import one_line
+from trainers.named import ModelError
 
 # Modules that have an AdamW8bit, best first. torchao's moved out of its prototypes in 0.10.
 _EIGHT_BIT = ("bitsandbytes.optim", "torchao.optim", "torchao.prototype.low_bit_optim")

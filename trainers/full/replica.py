@@ -27,7 +27,8 @@ from trainers.lora.runner import CpuRunner
 from trainers.lora.stream import Part, Stream
 from trainers.loss import chunked_nll, compare_with_own, compared_rows, completion_nll, flat_batch, token_nll
 from trainers.messages import Optimizer, TrialConfig
-from trainers.models import Base, ModelError
+from trainers.models import Base
+from trainers.named import ModelError
 from trainers.splits import Split, cut
 
 if TYPE_CHECKING:

@@ -35,7 +35,8 @@ from trainers.lora.runner import CpuRunner, Runner
 from trainers.lora.stream import Part
 from trainers.loss import compare_with_own, compared_rows
 from trainers.messages import FailureCode, Targets, TrialConfig
-from trainers.models import Base, ModelError, one_line, target_modules
+from trainers.models import Base, one_line, target_modules
+from trainers.named import ModelError
 from trainers.splits import Split, batches, cut
 from trainers.training import DROPOUT, MICRO_TOKENS, Run, derive_seed, evaluation, is_out_of_memory, rate
 

@@ -25,7 +25,8 @@ from trainers.lora.bank import RANK_STEP, Layout
 from trainers.lora.engine import LoraEngine
 from trainers.lora.models import find_groups
 from trainers.messages import TrialConfig
-from trainers.models import Base, ModelError
+from trainers.models import Base
+from trainers.named import ModelError
 from trainers.splits import Split
 
 SATURATION = 0.9  # of the best speed, and of the memory that is free
