@@ -34,7 +34,7 @@ from trainers.messages import BaseEvaluated, Checkpointed, Evaluated, Event, Met
 POLL_SECONDS = 0.02
 STOP_MS = 25_000  # a worker that is told to stop has so long to checkpoint, or as long as the tail is paid for
 LATE_MS = 5_000  # a worker that lives so long beyond its paid time has no watchdog that works
-MAX_DEATHS = 3  # workers that die in a row without training anything
+MAX_DEATHS = 3  # workers that die in a row before anything that they did was kept
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Sweep:
         self._stopping = False
         self._deaths = 0
         self._unreleased: Path | None = None  # the folder of a worker that ended, whose watchdog waits for a word
-        self._trained_before = 0
+        self._kept_before: tuple[int, ...] = ()
         self._disk_message = ""
         self._again = True  # a step is due although no event came
         self._said = False  # how the race ended
@@ -194,18 +194,18 @@ class Sweep:
             self.workers.see_dead(worker)
         lost_disk = worker.why.startswith("disk")
         with self.store.read() as connection:
-            trained = records.trained_tokens(connection, self.name)
+            kept = records.kept(connection, self.name)
         self.workers.bury(worker, observed=True)
         self.instructor.forget()
         self._unreleased = folder
         if lost_disk:
             self._disk_message = f"the disk is full: {worker.why.removeprefix('disk: ')}"
             self._stopping = True
-        self._deaths = self._deaths + 1 if trained == self._trained_before else 1
-        self._trained_before = trained
+        self._deaths = self._deaths + 1 if kept == self._kept_before else 1
+        self._kept_before = kept
         if not self._stopping and not worker.final and self._deaths >= MAX_DEATHS:
             raise WorkerError(
-                f"the worker died {self._deaths} times without training anything ({worker.why or 'killed'})",
+                f"the worker died {self._deaths} times and nothing that it trained was kept ({worker.why or 'killed'})",
                 f"see {folder / 'worker.log'}, then: sweep resume {self.name}",
             )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Table, case, func, select, update
+from sqlalchemy import Connection, Table, func, select, update
 
 from budgets.tariff import Tariff
 from sweep import clock, tables
@@ -203,12 +203,18 @@ def evaluations(connection: Connection, name: str) -> Sequence[Any]:
     return connection.execute(query.order_by(tables.evaluation.c.ordinal)).all()
 
 
-def trained_tokens(connection: Connection, name: str) -> int:
-    """Tokens that all attempts of a study trained; one that only took its seat, at a checkpoint, trained none."""
-    attempt = tables.attempt.c
-    trained = case((attempt.tokens > attempt.from_tokens, attempt.tokens - attempt.from_tokens), else_=0)
-    query = select(func.coalesce(func.sum(trained), 0)).where(attempt.study == name)
-    return int(connection.execute(query).scalar_one())
+def kept(connection: Connection, name: str) -> tuple[int, ...]:
+    """What a study need not do again if its worker dies now: how many trials ended, evaluations and examinations there
+    are, and tokens behind checkpoints.
+    """
+    trial, evaluation, scores = tables.trial.c, tables.evaluation.c, tables.scores.c
+    queries = [
+        select(func.count()).where(trial.study == name, trial.state.in_(ENDED)),
+        select(func.count()).where(evaluation.study == name),
+        select(func.count()).where(scores.study == name),
+        select(func.coalesce(func.sum(trial.checkpoint_tokens), 0)).where(trial.study == name),
+    ]
+    return tuple(int(connection.execute(query).scalar_one()) for query in queries)
 
 
 def next_evaluation(connection: Connection, name: str) -> int:

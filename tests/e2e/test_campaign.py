@@ -123,7 +123,7 @@ class Campaign:
     def gave_up(self, name: str, code: int | None) -> bool:
         """Whether the sweep left because its workers died three times in a row, as they do here: it is resumed."""
         text = (self.folder(name) / "out.txt").read_text() if code == 1 else ""
-        found = "times without training anything" in text.rsplit("\nsweep: ", 1)[-1]
+        found = "times and nothing that it trained was kept" in text.rsplit("\nsweep: ", 1)[-1]
         self.given_up += int(found)
         return found
 

@@ -133,6 +133,24 @@ def test_a_worker_that_lives_without_progress_is_not_paid_on(tmp_path: Path) -> 
     assert second.exit_code == 0
 
 
+def test_a_worker_that_always_dies_before_it_keeps_anything_is_given_up(tmp_path: Path) -> None:
+    """Proves that where each worker trains and dies before its first checkpoint, the third is the last.
+
+    Most of the cap is left: steps that are taken again and again are no progress.
+    """
+    spec = write_spec(tmp_path, cap="$0.5", sleep=0.02, trials=2, rungs="none", machine={"slots": 1})
+    process = start("launch", str(spec), "--yes", cwd=tmp_path)
+    workers = tmp_path / "runs" / "words" / "workers"
+    for number in (1, 2, 3):
+        events = workers / f"{number:03d}" / "events.jsonl"
+        wait_for(lambda events=events: events.exists() and '"progress"' in events.read_text())
+        kill(pids(tmp_path)["worker"])
+    assert process.wait(timeout=60) == 1
+    last = (tmp_path / "out.txt").read_text().splitlines()[-1]
+    assert "died 3 times and nothing that it trained was kept" in last and "sweep resume words" in last
+    assert spent(read(tmp_path)["accounts"]) < 100_000
+
+
 @pytest.mark.stress
 def test_a_stopped_watchdog_is_ended_by_the_orchestrator(tmp_path: Path) -> None:
     """Proves that nobody spends on behind a watchdog that hangs: both are killed soon after the paid time."""

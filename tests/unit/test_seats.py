@@ -86,19 +86,27 @@ def test_a_seat_is_free_for_one_method() -> None:
     assert not seats.free(worker, comes, [trial(0, "full")])
 
 
-def test_who_only_takes_a_seat_has_trained_nothing(tmp_path: Path) -> None:
-    """Proves what a worker that dies again and again is known by, also where its trials go on from checkpoints."""
+def test_what_was_trained_counts_once_it_is_kept(tmp_path: Path) -> None:
+    """Proves what a worker that dies again and again is known by: steps that must be taken again are no progress, nor
+    is a seat taken at a checkpoint."""
     store = recorded.study(tmp_path)
     with store.write() as connection:
         records.add_trial(connection, "words", trial(0).config, 1)
-        row = replace(trial(0), tokens=5_000)
+        before = records.kept(connection, "words")
         for ordinal in (1, 2):
-            seats.take(connection, "words", cast(WorkerRow, SimpleNamespace(id="w", ordinal=ordinal)), row)
-            assert records.trained_tokens(connection, "words") == 0
-        ids = connection.execute(tables.attempt.select()).all()
-        for one, tokens in zip(ids, (5_600, 0), strict=True):  # a trial that did not even come in says 0
-            connection.execute(tables.attempt.update().where(tables.attempt.c.id == one.id).values(tokens=tokens))
-        assert records.trained_tokens(connection, "words") == 600
+            seats.take(connection, "words", cast(WorkerRow, SimpleNamespace(id="w", ordinal=ordinal)), trial(0))
+        connection.execute(tables.attempt.update().values(tokens=5_600))
+        connection.execute(tables.trial.update().values(tokens=5_600))
+        assert records.kept(connection, "words") == before
+        changes: list[dict[str, Any]] = [
+            {"checkpoint_tokens": 5_000},
+            {"checkpoint_tokens": 9_000},
+            {"state": "pruned"},
+        ]
+        for values in changes:
+            connection.execute(tables.trial.update().values(**values))
+            before, last = records.kept(connection, "words"), before
+            assert before != last
     store.dispose()
 
 
