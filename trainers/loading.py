@@ -54,8 +54,11 @@ def load(job: WorkerJob) -> tuple[LoadedEngines, Examiner, RemoveOlder]:
         from trainers import replay
 
         return replay.load_engines(job), replay.ReplayExaminer(job), replay.remove_older
-    from trainers import checkpoints, models
-    from trainers.examiner import DataExaminer
+    from trainers.lora import ahead
 
-    examiner = DataExaminer(job)
-    return models.load_engines(job), examiner, checkpoints.remove_older
+    with ahead.compiling(job) as compiling:
+        from trainers import checkpoints, models
+        from trainers.examiner import DataExaminer
+
+        examiner = DataExaminer(job)
+        return models.load_engines(job, compiling), examiner, checkpoints.remove_older

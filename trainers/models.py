@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -321,20 +322,6 @@ def _pack(job: WorkerJob, base: Base, train: Split, validation: Split) -> tuple[
     return width.slots, width.tokens
 
 
-@contextmanager
-def _compiling_ahead(job: WorkerJob, train: Split, validation: Split) -> Iterator[None]:
-    """Compiles the packed engine's kernels beside what the context does, on a GPU; at its end they are there."""
-    if "lora" not in job.methods or pick_device(job.device).type != "cuda":
-        yield
-        return
-    from trainers.lora import precompile
-
-    longest = int(max(train.lengths.max(), validation.lengths.max()))
-    wanted = precompile.expected(job.slots, job.max_rank, longest)
-    with precompile.running(str(resolve(job.model)), wanted):
-        yield
-
-
 def _lora_engine(job: WorkerJob, base: Base, train: Split, validation: Split) -> Engine:
     from trainers.lora.engine import LoraEngine
 
@@ -349,10 +336,11 @@ def _lora_engine(job: WorkerJob, base: Base, train: Split, validation: Split) ->
     return lora
 
 
-def load_engines(job: WorkerJob) -> LoadedEngines:
+def load_engines(job: WorkerJob, compiling: Sequence[subprocess.Popen[bytes]] = ()) -> LoadedEngines:
     """Loads base model and prepared data once and puts an engine of each of the job's methods over them.
 
-    Before that the engine's loss is compared with the model's own. Raises ModelError and DataError.
+    Before that the engine's loss is compared with the model's own. `compiling`: processes whose kernels the packed
+    engine launches, and is not begun before they end. Raises ModelError and DataError.
     """
     # Imported here: the engines import this module.
     from trainers.full.engine import FullEngine
@@ -363,10 +351,13 @@ def load_engines(job: WorkerJob) -> LoadedEngines:
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     train, validation = (load_split(Path(job.data), name) for name in ("train", "validation"))
-    with _timed("base model and kernels"), _compiling_ahead(job, train, validation):
+    with _timed("base model"):
         base = load_base(job.model, job.device)
         check_quantised(base.name, base.model, job.methods)
         verify_loss(base, [train[row] for row in compared_rows(train)])
+    with _timed("kernels"):
+        for process in compiling:
+            process.wait()
     engines: dict[str, Engine] = {}
     gpu = base.device if base.device.type == "cuda" else None
     device = "cpu" if gpu is None else torch.cuda.get_device_name(gpu)

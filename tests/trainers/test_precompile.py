@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny import save_model
 
+from trainers.lora import ahead
+from trainers.messages import WorkerJob
+
 pytest.importorskip("triton")
 
-# What a worker's launches would be, gone through in one process; prints kernels launched and seconds of the slowest.
-AGAIN = """
+# A share of what a worker with short streams would launch; prints the kernels' names.
+SHARE = """
 import json, sys
 from trainers.lora import precompile
-launches = [precompile.Launches(**{**v, "target": tuple(v["target"])}) for v in json.loads(sys.argv[2])["launches"]]
-print(json.dumps(sorted(set(precompile.compile_share(sys.argv[1], launches, 0, 1)))))
+launches = [precompile.Launches(slots=2, rank=16, lengths=[512], longest=64, dropout=True, target=("cuda", 90))]
+print(json.dumps(sorted(set(precompile.compile_share(sys.argv[1], launches, int(sys.argv[2]), int(sys.argv[3]))))))
 """
-REQUEST = (
-    '{"launches": [{"slots": 2, "rank": 16, "lengths": [512], "longest": 64, "dropout": true, "target": ["cuda", 90]}],'
-    ' "share": [%d, 2]}'
-)
 
 
 def test_shares_fill_the_cache_for_hopper(tmp_path: Path) -> None:
@@ -33,14 +34,40 @@ def test_shares_fill_the_cache_for_hopper(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     cache = tmp_path / "cache"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
-    command = [sys.executable, "-m", "trainers.lora.precompile", str(model)]
-    shares = [subprocess.Popen([*command, REQUEST % share], env=environment) for share in (0, 1)]
+    command = [sys.executable, "-c", SHARE, str(model)]
+    shares = [subprocess.Popen([*command, share, "2"], env=environment) for share in ("0", "1")]
     assert [process.wait() for process in shares] == [0, 0]
     compiled = set(cache.rglob("*.cubin"))
     assert {path.stem.strip("_") for path in compiled} >= {
         *("down", "up", "outer", "dropped", "forward", "backward_key", "squares", "stepped"),
     }
-    again = [sys.executable, "-c", AGAIN, str(model), REQUEST % 0]
-    done = subprocess.run(again, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run([*command, "0", "1"], env=environment, capture_output=True, text=True, check=True)
     assert "_outer" in done.stdout and "_backward_query" in done.stdout
     assert set(cache.rglob("*.cubin")) == compiled, "a launch found no kernel that was compiled ahead"
+
+
+def test_a_worker_s_request_is_understood(tmp_path: Path) -> None:
+    """Proves that what trainers/lora/ahead.py asks for is compiled: the first of many shares, with the optimizer."""
+    model, cache = save_model(tmp_path / "model"), tmp_path / "cache"
+    request = json.dumps({"slots": 2, "max_rank": 16, "longest": 64, "capability": [9, 0], "share": [0, 1000]})
+    command = [sys.executable, "-m", "trainers.lora.precompile", str(model), request]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    subprocess.run(command, env=environment, check=True)
+    names = {path.stem.strip("_") for path in cache.rglob("*.cubin")}
+    assert {"squares", "stepped"} < names and "down" in names
+
+
+def test_compilers_are_started_for_packed_trials_on_a_gpu(
+    data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proves that they are not where nobody needs them, and that none outlives the start-up."""
+    monkeypatch.setattr(ahead, "capability", lambda index: (9, 0))  # in the place of a GPU
+    times = {"origin_boot_ms": 0, "paid_ms": 0, "work_ms": 0, "checkpoint_ms": 0}
+    names = {"worker": "w", "command": [], "boot_id": "", "model": str(tmp_path), "data": str(data_folder)}
+    job = WorkerJob(**names, **times, fence=0, rung_rows=5)  # type: ignore[arg-type]
+    for other in (replace(job, device="cpu"), replace(job, methods=["full"])):
+        with ahead.compiling(other) as compiling:
+            assert compiling == []
+    with ahead.compiling(job) as compiling:
+        assert compiling
+    assert all(process.returncode is not None for process in compiling)

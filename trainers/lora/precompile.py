@@ -5,18 +5,17 @@ each for a model, one after the other, and some more whenever a stream has a len
 processes of their own go through the same launches on tensors without memory, each for a share of the layers, while
 the base model is being loaded. No GPU is touched: a compiler needs to know the target alone.
 
-    python -m trainers.lora.precompile MODEL JSON    {"launches": [Launches, ...], "share": [this process, of so many]}
+    python -m trainers.lora.precompile MODEL JSON
+
+The JSON has `slots` (null: a probe will find them), `max_rank`, `longest` (tokens of an example), `capability` of the
+GPU (two numbers) and `share` (which of how many processes this is). trainers/lora/ahead.py starts them.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from trainers.lora.bank import RANK_STEP, Group, Layout, padded
 from trainers.lora.stream import BLOCK, TILE, WIDE, Stream
 
 _NAME = "sweep_shapes"
-_MOST = 8  # processes; each imports torch and transformers first
 _WARP = 32
 
 
@@ -45,34 +43,9 @@ class Launches:
     target: tuple[str, int]
 
 
-@contextmanager
-def running(model: str, launches: list[Launches]) -> Iterator[None]:
-    """Compiles beside what the context does, and waits for it at the end. What the processes say goes to stderr.
-
-    One that failed costs time alone: what it left out is compiled when it is launched.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = max(1, min(_MOST, cores - 1))
-    # A child of the worker would take the watchdog's pid for its own parent's, and end itself.
-    environment = {**os.environ, processes.WATCHDOG_PID: str(os.getpid())}
-    started = []
-    for share in range(count):
-        request = json.dumps({"launches": [asdict(wanted) for wanted in launches], "share": [share, count]})
-        command = [sys.executable, "-m", "trainers.lora.precompile", model, request]
-        started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, env=environment))
-    try:
-        yield
-    except BaseException:
-        for process in started:
-            process.kill()
-        raise
-    finally:
-        for process in started:
-            process.wait()
-
-
-def expected(slots: int | None, max_rank: int, longest: int) -> list[Launches]:
-    """What a worker on this machine's GPU launches; where a probe has yet to find the slots, its streams too.
+def expected(slots: int | None, max_rank: int, longest: int, capability: tuple[int, int]) -> list[Launches]:
+    """What a worker on a GPU of this compute capability launches; where a probe has yet to find the slots, its streams
+    too.
 
     Trials with dropout launch some more, which are compiled when the first of them comes.
     """
@@ -80,7 +53,7 @@ def expected(slots: int | None, max_rank: int, longest: int) -> list[Launches]:
     from trainers.lora.gpu import SHORTEST, length_of
     from trainers.training import MICRO_TOKENS
 
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = capability
     target = ("cuda", 10 * major + minor)
     found, tokens = [], MICRO_TOKENS["cuda"]
     if slots is None:
@@ -134,7 +107,7 @@ def meta_groups(model: str) -> tuple[list[Group], list[tuple[int, int, int]]]:
     from trainers.lora.models import find_groups
     from trainers.models import Base, head_of, load_config, resolve, skeleton
 
-    config = load_config(resolve(model))
+    config = load_config(resolve(model, ["config.json"]))
     shapes: list[tuple[int, int, int]] = []
 
     def attend(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> Any:
@@ -214,8 +187,9 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     model, text = arguments
     request = json.loads(text)
-    launches = [Launches(**{**values, "target": tuple(values["target"])}) for values in request["launches"]]
-    compile_share(model, launches, *request["share"])
+    share, count = request["share"]
+    wanted = {key: request[key] for key in ("slots", "max_rank", "longest")}
+    compile_share(model, expected(**wanted, capability=request["capability"]), share, count)
     return 0
 
 
