@@ -328,7 +328,7 @@ def _lora_engine(job: WorkerJob, base: Base, train: Split, validation: Split) ->
     with _timed("probe"):
         slots, stream_tokens = _pack(job, base, train, validation)
     with _timed("packed engine"):
-        lora = LoraEngine(base, train, validation, job.rung_rows, stream_tokens, slots)
+        lora = LoraEngine(base, train, validation, job.rung_rows, stream_tokens, slots, job.max_rank)
         if base.device.type == "cuda":
             from trainers.lora import probe
 

@@ -34,6 +34,12 @@ def padded(rank: int) -> int:
     return -(-rank // RANK_STEP) * RANK_STEP
 
 
+def stream_rank(rank: int) -> int:
+    """Of how many rank components a linear there is room in a GPU's streams where ranks go up to this: few numbers, for
+    each of which layers are compiled."""
+    return 1 << (padded(rank) - 1).bit_length()
+
+
 @dataclass
 class Group:
     """Linear layers that read one input. `first`, `seconds`: elements before A and each B, for a rank of one."""

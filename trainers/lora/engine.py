@@ -76,14 +76,19 @@ class LoraEngine:
         rung_rows: int,
         micro_tokens: int | None = None,
         slots: int = 1,
+        max_rank: int = 1,
     ) -> None:
-        """`micro_tokens` go through the model at once: of each trial on the CPU, of all together on a GPU."""
+        """`micro_tokens` go through the model at once: of each trial on the CPU, of all together on a GPU.
+
+        `max_rank` is what trials are expected to have at most: for a larger one a GPU's layers are compiled anew.
+        """
         self.base = base
         self.train = train
         self.validation = validation
         self.rung_rows = rung_rows
         self.micro_tokens = micro_tokens or MICRO_TOKENS[base.device.type]
         self.slots = slots
+        self._max_rank = max_rank
         groups = find_groups(base)
         self._layout = Layout(groups)
         self._packed = [PackedGroup(group) for group in groups]
@@ -104,7 +109,7 @@ class LoraEngine:
         if self.base.device.type == "cuda":
             from trainers.lora.gpu import GpuRunner
 
-            return GpuRunner(self.base, self._packed, self.slots, longest, self.micro_tokens)
+            return GpuRunner(self.base, self._packed, self.slots, longest, self.micro_tokens, self._max_rank)
         return CpuRunner(self.base, self._packed, self.slots)
 
     @contextmanager

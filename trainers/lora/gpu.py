@@ -24,7 +24,7 @@ from trainers.lora import (
     attention_kernels,  # noqa: F401  (registers the operator that attention.py calls)
 )
 from trainers.lora.attention import packed as packed_attention
-from trainers.lora.bank import Slot, padded
+from trainers.lora.bank import Slot, stream_rank
 from trainers.lora.head import Targets, chunk_of
 from trainers.lora.linear import PackedGroup
 from trainers.lora.stream import BLOCK, TILE, WIDE, Laid, Part, Stream, blocks_of, lay, slot_row, tiles_of
@@ -115,14 +115,16 @@ class GpuRunner:
 
     shared = True
 
-    def __init__(self, base: Base, groups: list[PackedGroup], slots: int, longest: int, budget: int) -> None:
-        """`longest` example in tokens; `budget` tokens of a full stream."""
+    def __init__(
+        self, base: Base, groups: list[PackedGroup], slots: int, longest: int, budget: int, max_rank: int = 1
+    ) -> None:
+        """`longest` example in tokens; `budget` tokens of a full stream; `max_rank` of the trials that are expected."""
         self._base = base
         self._groups = groups
         self._slots = slots
         self._longest = -(-longest // 128) * 128
         self.budget = budget
-        self._rank = padded(1)
+        self._rank = stream_rank(max_rank)
         device = base.device
         self._table = torch.zeros((slots + 1, 6), dtype=torch.int64, device=device)
         self._scales = torch.zeros(slots + 1, device=device)
@@ -155,8 +157,8 @@ class GpuRunner:
         # Filled, as assigning a number to an element waits for the device (docs/log.md).
         self._scales[index].fill_(0.0 if slot is None else slot.scale)
         self._drops[index].fill_(self._dropout[index])
-        if slot is not None and padded(slot.rank) > self._rank:
-            self._rank = 1 << (padded(slot.rank) - 1).bit_length()
+        if slot is not None and slot.rank > self._rank:
+            self._rank = stream_rank(slot.rank)
             self._forget()
 
     def reach(self, longest: int) -> None:
@@ -268,10 +270,11 @@ class GpuRunner:
             return self._judge(frame)
         frame.uses += 1
         key = (stream.dropout, stream.rank)
-        first = key not in frame.graphs if self.graphs else key not in self._known
+        known = key in self._known  # else it is compiled by running it once, which no capture may do
+        first = key not in frame.graphs if self.graphs else not known
         self._known.add(key)
         with self._counted(first, stream.tokens if first else 0):
-            if self.graphs and key not in frame.graphs and frame.uses > 1:
+            if self.graphs and key not in frame.graphs and known and frame.uses > 1:
                 self._capture(frame, key)
             if key in frame.graphs:
                 self._captured = frame.graphs[key]
@@ -339,6 +342,7 @@ class GpuRunner:
     def ready(self) -> None:
         """From here on layers are compiled and streams captured, in which a model's errors would be hard to read."""
         self.compile = self.graphs = True
+        self._forget()  # what ran in these frames was not compiled, and nothing can be while a stream is captured
 
     def recover(self) -> None:
         """Forgets a forward that came to nothing, and gives its memory back, and that of all graphs."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from trainers import processes
-from trainers.lora.bank import RANK_STEP, Group, Layout, padded
+from trainers.lora.bank import Group, Layout, stream_rank
 from trainers.lora.stream import BLOCK, TILE, WIDE, Stream
 
 _NAME = "sweep_shapes"
@@ -58,7 +58,7 @@ def expected(slots: int | None, max_rank: int, longest: int, capability: tuple[i
     found, tokens = [], MICRO_TOKENS["cuda"]
     if slots is None:
         doubling = [probe.SHORTEST << n for n in range((probe.LONGEST // probe.SHORTEST).bit_length())]
-        found.append(Launches(1, RANK_STEP, doubling, longest, False, target))
+        found.append(Launches(1, max_rank, doubling, longest, False, target))
         slots, tokens = probe.MOST_SLOTS, probe.LONGEST
     lengths = sorted(
         {length_of(size, tokens, captured=True) for size in range(SHORTEST, tokens + 1, TILE)}, reverse=True
@@ -133,7 +133,7 @@ def meta_stream(launches: Launches, length: int) -> Stream:
 
     ids = table(1, length)
     return Stream(
-        rank=1 << (padded(launches.rank) - 1).bit_length(),
+        rank=stream_rank(launches.rank),
         tokens=length,
         ids=ids,
         positions=ids,

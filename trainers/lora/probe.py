@@ -69,7 +69,7 @@ def choose(base: Base, train: Split, validation: Split, max_rank: int) -> Width:
     kept = _read().get(key)
     if kept is None:
         kept = {"speeds": {}, "peaks": {}}
-        for tokens, speed, peak in _measure(base, train, validation):
+        for tokens, speed, peak in _measure(base, train, validation, max_rank):
             kept["speeds"][str(tokens)], kept["peaks"][str(tokens)] = speed, peak
         if not kept["speeds"]:
             raise ModelError(f"{base.name}: not even {SHORTEST} tokens at once fit on this GPU; use a smaller model")
@@ -90,7 +90,7 @@ def warm_up(engine: LoraEngine, max_rank: int) -> None:
     engine.forget_tokens()
 
 
-def _measure(base: Base, train: Split, validation: Split) -> list[tuple[int, float, int]]:
+def _measure(base: Base, train: Split, validation: Split, max_rank: int) -> list[tuple[int, float, int]]:
     """(tokens, tokens a second, bytes above the base) of streams of doubling length."""
     found: list[tuple[int, float, int]] = []
     tokens = SHORTEST
@@ -98,7 +98,7 @@ def _measure(base: Base, train: Split, validation: Split) -> list[tuple[int, flo
         free, _ = torch.cuda.mem_get_info(base.device)
         if found and 2 * found[-1][2] > SATURATION * free:
             break
-        measured = _stream(base, train, validation, tokens)
+        measured = _stream(base, train, validation, tokens, max_rank)
         torch.cuda.empty_cache()
         if measured is None:
             break
@@ -111,11 +111,14 @@ def _measure(base: Base, train: Split, validation: Split) -> list[tuple[int, flo
     return found
 
 
-def _stream(base: Base, train: Split, validation: Split, tokens: int) -> tuple[float, int] | None:
-    """Tokens a second of streams of this length, and the most bytes they took above the base; None: they do not fit."""
+def _stream(base: Base, train: Split, validation: Split, tokens: int, max_rank: int) -> tuple[float, int] | None:
+    """Tokens a second of streams of this length, and the most bytes they took above the base; None: they do not fit.
+
+    The trial is a small one in streams that have room for the largest: what is compiled is what training runs.
+    """
     torch.cuda.reset_peak_memory_stats(base.device)
     before = torch.cuda.memory_allocated(base.device)
-    engine = LoraEngine(base, train, validation, 1, tokens, slots=1)
+    engine = LoraEngine(base, train, validation, 1, tokens, slots=1, max_rank=max_rank)
     try:
         speed = _drive(engine, RANK_STEP, _STREAMS, lambda: torch.cuda.synchronize(base.device))
     except TrialFailed:
