@@ -5,6 +5,7 @@ Weights come from safetensors only. No pickle is opened and no code of a model's
 
 from __future__ import annotations
 
+import importlib
 import math
 import struct
 import subprocess
@@ -356,6 +357,8 @@ def load_engines(job: WorkerJob, compiling: Sequence[subprocess.Popen[bytes]] = 
         check_quantised(base.name, base.model, job.methods)
         verify_loss(base, [train[row] for row in compared_rows(train)])
     with _timed("kernels"):
+        if compiling:
+            importlib.import_module("torch._inductor.compile_fx")  # 3 s that the first compiled layer would wait for
         for process in compiling:
             process.wait()
     engines: dict[str, Engine] = {}
