@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -27,6 +27,29 @@ def lines_of(node: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int
             found[here] = key.start_mark.line + 1
             found |= lines_of(value, here)
     return found
+
+
+def repeated(node: Any, path: tuple[str, ...] = ()) -> tuple[str, int, int] | None:
+    """A key that a YAML document gives twice, as YAML must not: its name and both lines. The last would count."""
+    if isinstance(node, yaml.SequenceNode):
+        return next((found for part in node.value if (found := repeated(part, path))), None)
+    first: dict[str, int] = {}
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        here, line = (*path, str(key.value)), key.start_mark.line + 1
+        if key.value in first:
+            return ".".join(here), first[key.value], line
+        first[key.value] = line
+        if found := repeated(value, here):
+            return found
+    return None
+
+
+def foremost(errors: Sequence[ErrorDetails]) -> ErrorDetails:
+    """The error to speak of: of a value that may be one of several things, what is wrong with it as what it is."""
+    first = errors[0]
+    inside = [e for e in errors if e["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
+    real = [e for e in inside if not e["type"].endswith("_type")]
+    return real[0] if first["type"] == "model_type" and real else first
 
 
 def explain(

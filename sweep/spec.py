@@ -29,7 +29,7 @@ from pydantic import (
 
 from budgets.money import MICROS, MoneyError, Rate, parse_rate, parse_usd
 from sweep.errors import SpecError
-from sweep.explain import explain, lines_of
+from sweep.explain import explain, foremost, lines_of, repeated
 
 T = typing.TypeVar("T")
 Method = Literal["lora", "full"]
@@ -147,7 +147,7 @@ Rungs = Annotated[tuple[Share, ...] | str, BeforeValidator(_rungs)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataSpec(_Section):
@@ -431,6 +431,9 @@ def load(path: Path, overrides: typing.Sequence[str] = (), study: str | None = N
         raise SpecError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(values, dict):
         raise SpecError(f"{path}: not a spec; it needs at least model, data, machine and budget")
+    if twice := repeated(node):
+        name, first, again = twice
+        raise SpecError(f"{path}, line {again}: {name} stands in line {first} already", "keep one of them")
     values.setdefault("study", path.stem)
     if study is not None:
         values["study"] = study
@@ -447,7 +450,7 @@ def validate(values: dict[str, Any], where: str, lines: Mapping[tuple[str, ...],
     try:
         return Spec.model_validate(values, context=NEW)
     except ValidationError as error:
-        raise SpecError(*explain(error.errors()[0], where, lines or {}, Spec)) from error
+        raise SpecError(*explain(foremost(error.errors()), where, lines or {}, Spec)) from error
     except MoneyError as error:
         raise SpecError(f"{where}: {error}") from error
 

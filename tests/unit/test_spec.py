@@ -76,6 +76,10 @@ def test_what_is_missing_is_said_with_what_would_do(path: Path, override: str, h
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("search.learning_rate=-1e-4", r"search\.learning_rate\.0: input should be greater than 0 \(given: '-1e-4'\)"),
+        ("search.learning_rate=[1e-4, -3e-4]", r"search\.learning_rate\.1: input should be greater than 0"),
+        ("search.learning_rate=.inf", r"input should be a finite number"),
+        ("search.epochs=.inf", r"search\.epochs: input should be a finite number"),
         ("search.rnk=3", r"^--set search\.rnk=3: unknown key search\.rnk; did you mean rank\?"),
         ("modl=3", r"unknown key modl; did you mean model\?"),
         ("budget.cap=$0", r"^--set budget\.cap=\$0: budget\.cap: .*greater than 0"),
@@ -138,6 +142,21 @@ def test_a_mistake_is_where_it_was_made(path: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"^--set search\.rank=8,16: ") as caught:
         load(path, ["search.rank=8,16"])
     assert caught.value.hint == "a list is written [8,16]"
+
+
+def test_a_key_that_stands_there_twice_is_refused(path: Path, tmp_path: Path) -> None:
+    """Proves that no second cap or section takes the first one's place unseen, in lists too."""
+    text = path.read_text()
+    twice = tmp_path / "twice.yaml"
+    lines = text.count("\n")
+    for more, message in (
+        ("budget: {cap: $200}\n", rf"twice\.yaml, line {lines + 1}: budget stands in line \d+ already"),
+        ("endgame: {seeds: 2, seeds: 3}\n", r"endgame\.seeds stands in line"),
+        ("other:\n- {rank: 4, rank: 8}\n", r"other\.rank stands in line"),
+    ):
+        twice.write_text(text + more)
+        with pytest.raises(SpecError, match=message):
+            load(twice)
 
 
 def test_files_that_are_no_spec(tmp_path: Path) -> None:
