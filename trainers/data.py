@@ -89,10 +89,15 @@ class _Encoder:
         mask[0] = 0  # nothing comes before the first token that could predict it
         return mask
 
-    def _render(self, messages: list[dict[str, Any]], where: str, *, prompt: bool = False) -> list[int]:
+    def _render(self, values: dict[str, Any], turns: int, where: str, *, prompt: bool = False) -> list[int]:
+        """Ids of a conversation's first turns."""
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=False, add_generation_prompt=prompt
+                values["messages"][:turns],
+                tools=values.get("tools"),
+                tokenize=True,
+                return_dict=False,
+                add_generation_prompt=prompt,
             )
         except (TemplateError, ValueError, TypeError, KeyError) as error:
             said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -101,22 +106,22 @@ class _Encoder:
     def _conversation(self, row: Row, where: str) -> tuple[list[int], list[int]]:
         """Assistant turns are found by rendering the conversation turn by turn: each must extend the one before."""
         messages = row.values["messages"]
-        ids = self._render(messages, where)
+        ids = self._render(row.values, len(messages), where)
         mask = [0] * len(ids)
         for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or turn < row.values.get("trained_from", 0):
                 continue
-            before, said, after = self._turn(messages, turn, where)
+            before, said, after = self._turn(row.values, turn, where)
             if ids[: len(after)] != after:
                 raise _rewritten(where)
             mask[len(before) : len(before) + len(said)] = [1] * len(said)
         mask[0] = 0
         return ids, mask
 
-    def _turn(self, messages: list[dict[str, Any]], turn: int, where: str) -> tuple[list[int], list[int], list[int]]:
+    def _turn(self, values: dict[str, Any], turn: int, where: str) -> tuple[list[int], list[int], list[int]]:
         """What stands before an assistant turn, what of it is trained, and the conversation up to its end."""
-        before = self._render(messages[:turn], where, prompt=True)
-        after = self._render(messages[: turn + 1], where)
+        before = self._render(values, turn, where, prompt=True)
+        after = self._render(values, turn + 1, where)
         if after[: len(before)] != before:
             raise _rewritten(where)
         said = after[len(before) :]
@@ -133,7 +138,7 @@ class _Encoder:
             return self.start + prompt, [*said, self.eos]
         turn = _last_turn(values["messages"])
         messages = [*values["messages"][:turn], {**values["messages"][turn], "content": completion}]
-        before, said, _ = self._turn(messages, turn, kept.where)
+        before, said, _ = self._turn({**values, "messages": messages}, turn, kept.where)
         return before, said
 
 
@@ -179,11 +184,10 @@ def _counts(split: Split) -> dict[str, int]:
 class _Preparation:
     """One run of `prepare`: what was dropped is counted over all sources."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, seed: int, folder: Path) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, seed: int) -> None:
         self.encoder = _Encoder(tokenizer)
         self.max_tokens = max_tokens
         self.seed = seed
-        self.folder = folder
         self.dropped = {"duplicates": 0, "cut": 0}
         self.truncated = 0
         self.seen: set[str] = set()
@@ -191,7 +195,7 @@ class _Preparation:
 
     def examples(self, name: str, source: str) -> list[_Kept]:
         """Reads, de-duplicates and tokenises one source. That of retention is de-duplicated on its own."""
-        read_source = read(source, self.folder)
+        read_source = read(source)
         self.sources[name] = {
             "name": read_source.name,
             "format": read_source.format,
@@ -335,7 +339,7 @@ def prepare(
         if isinstance(share, int | float) and not 0 < share < 1:
             raise DataError(f"{name}: {share:g} is no share; give a number between 0 and 1, or a file")
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Preparation(tokenizer, max_tokens, seed, folder)
+    run = _Preparation(tokenizer, max_tokens, seed)
     parts: dict[str, list[_Kept]] = {"test": []}
     for name, source in (("test", test), ("validation", validation), ("train", train), (RETENTION, retention)):
         if isinstance(source, str):

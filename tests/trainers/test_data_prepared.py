@@ -66,7 +66,7 @@ def test_pairs_train_on_completion_and_end_token(
     assert [counts[name]["rows"] for name in data.SPLITS] == [6, 2, 2]
     assert counts["train"]["completion_tokens"] == int(load_split(tmp_path / "out", "train").mask.sum())
     assert summary["sources"]["train"]["bytes"] == (tmp_path / f"rows{suffix}").stat().st_size
-    assert not list((tmp_path / "out").glob(".tmp*")), "scratch must not stay behind"
+    assert not list((tmp_path / "out").glob(".tmp*"))
     assert json.loads((tmp_path / "out" / "data.json").read_text()) == summary
 
 
@@ -74,7 +74,7 @@ def test_csv_cells_stay_text(tmp_path: Path) -> None:
     """A CSV cell that looks like a number or a gap is text as it stands."""
     path = tmp_path / "rows.csv"
     path.write_text("prompt,completion\n1,007\nb,NA\n")
-    assert [row.values["completion"] for row in rows.read(str(path), tmp_path).rows] == ["007", "NA"]
+    assert [row.values["completion"] for row in rows.read(str(path)).rows] == ["007", "NA"]
 
 
 def test_conversations_train_on_assistant_turns(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
