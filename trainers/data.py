@@ -62,6 +62,9 @@ class _Encoder:
             raise DataError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
         self.tokenizer = tokenizer
         self.eos: int = tokenizer.eos_token_id
+        added = tokenizer.added_tokens_decoder.items()
+        self.special = {*tokenizer.all_special_ids, *(token for token, about in added if about.special)}
+        self.ends = {self.eos}  # of all rows so far: token ids that end what was trained
         first = tokenizer("x")["input_ids"][:1]
         # A beginning-of-sequence token is put only where the tokenizer puts it by itself.
         self.start: list[int] = first if first == [tokenizer.bos_token_id] else []
@@ -126,9 +129,20 @@ class _Encoder:
             raise _rewritten(where)
         said = after[len(before) :]
         # What a template puts behind the end token (ChatML: a newline) is never generated, so it is not trained.
-        if self.eos in said:
-            said = said[: len(said) - said[::-1].index(self.eos)]
+        if (end := self._end(said)) is not None:
+            said = said[: end + 1]
+            self.ends.add(said[-1])
         return before, said, after
+
+    def _end(self, said: list[int]) -> int | None:
+        """The place of the token that ends a turn: its last special one, which need not be the tokenizer's own end.
+
+        None where text follows it, so that it ends nothing.
+        """
+        places = [place for place, token in enumerate(said) if token in self.special]
+        if not places or (said[places[-1]] != self.eos and self.tokenizer.decode(said[places[-1] + 1 :]).strip()):
+            return None
+        return places[-1]
 
     def answer(self, kept: _Kept, completion: str) -> tuple[list[int], list[int]]:
         """Ids of a row's prompt, and of this completion after it with its end token, as they would be trained."""
@@ -279,7 +293,7 @@ class _Answers:
             metrics.apply(self.metric, metrics.find(self.metric, folder), [row], [row.completion])
         rows, each = len(texts["validation"]), sum(len(choice) for choice in ids)
         tokens = sum(len(row.ids) for row in texts["validation"]) * len(ids) + rows * each
-        return Objective(self.metric, folder, majority, chosen, ids, tokens), texts
+        return Objective(self.metric, folder, majority, chosen, ids, tokens, sorted(self.encoder.ends)), texts
 
     def _choices(self, named: Sequence[str] | None, found: list[str]) -> list[str]:
         most = metrics.MAX_CHOICES
