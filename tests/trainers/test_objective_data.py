@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from sweep.errors import UnusableError
 from sweep.launch import look
 from sweep.spec import validate
 from trainers import check, metrics
@@ -256,6 +257,21 @@ def test_the_check_answers_in_one_line(model_folder: Path, tmp_path: Path) -> No
     code, answer = check._answer({**request, "choices": [" red", " blue"]})
     assert (code, answer["kind"]) == (7, "data")
     assert "completion ' green' is none of the choices" in answer["message"]
+
+
+def test_a_launch_is_refused_where_no_answer_can_be_generated(model_folder: Path, tmp_path: Path) -> None:
+    """The spec's max_new_tokens is handed to the check, before anything is paid."""
+    rows = [{**row, "completion": " red" * 5} for row in ROWS]
+    values = {
+        "study": "words",
+        "model": str(model_folder),
+        "data": {"train": write(tmp_path / "rows.jsonl", rows)},
+        "machine": {"price": "$1/hour"},
+        "budget": {"cap": "$1"},
+        "objective": {"metric": "exact_match", "max_new_tokens": 4},
+    }
+    with pytest.raises(UnusableError, match="fits into max_new_tokens 4; the shortest has 5 tokens: raise"):
+        look(validate(values, "spec"), tmp_path / "study")
 
 
 def test_a_launch_plans_with_what_scoring_the_choices_takes(model_folder: Path, tmp_path: Path) -> None:
