@@ -149,7 +149,9 @@ class TableEngine:
         """See Engine. Raises RuntimeError: examples were not recorded."""
         raise RuntimeError("a table holds no losses by example")
 
-    def generate(self, trial: int | None, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int) -> list[list[int]]:
+    def generate(
+        self, trial: int | None, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int, ends: Sequence[int] = ()
+    ) -> list[list[int]]:
         """See Engine. Raises RuntimeError: text was not recorded."""
         raise RuntimeError("a table holds no text")
 

@@ -70,6 +70,7 @@ def _checked(spec: Spec, folder: Path) -> dict[str, Any]:
         "targets": list(spec.search.targets),
         "metric": spec.objective.metric,
         "choices": spec.objective.choices,
+        "max_new_tokens": spec.objective.max_new_tokens,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,9 @@
 
 The request is an object with `model`, `train`, `validation`, `test` (a share, a file or data set; `test` may be null),
 `max_tokens`, `seed`, `out_folder`, `methods` (lora, full) and `targets` (attention, mlp, all-linear); it may have
-`retention` (a file or data set), `metric` (validation_loss, exact_match, accuracy, module:function) and `choices` (of
-accuracy). The answer is one line of JSON on stdout, and nothing else is written there:
+`retention` (a file or data set), `metric` (validation_loss, exact_match, accuracy, module:function), `choices` (of
+accuracy) and `max_new_tokens` (of a metric on text). The answer is one line of JSON on stdout, and nothing else is
+written there:
 
     {"ok": true, "parameters": ..., "shape": {...}, "data": {...}, ...}                         exit code 0
     {"ok": false, "kind": "model" | "data" | "objective", "message": "...", "hint": "..."}      exit code 7
@@ -119,6 +120,7 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
         retention=request.get("retention"),
         metric=request.get("metric", LOSS),
         choices=request.get("choices"),
+        max_new_tokens=request.get("max_new_tokens"),
     )
     return {
         "parameters": model.num_parameters(),

@@ -6,6 +6,7 @@ Where the study's metric is not validation_loss, the texts that it is taken of a
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections import Counter
@@ -20,7 +21,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from trainers import metrics
-from trainers.metrics import Answered, Objective
+from trainers.metrics import Answered, MetricError, Objective
 from trainers.rows import Row, Source, read
 from trainers.splits import SPLIT, DataError, Example, Split, permutation
 
@@ -62,6 +63,9 @@ class _Encoder:
             raise DataError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
         self.tokenizer = tokenizer
         self.eos: int = tokenizer.eos_token_id
+        added = tokenizer.added_tokens_decoder.items()
+        self.special = {*tokenizer.all_special_ids, *(token for token, about in added if about.special)}
+        self.ends = {self.eos}  # of all rows so far: token ids that end what was trained
         first = tokenizer("x")["input_ids"][:1]
         # A beginning-of-sequence token is put only where the tokenizer puts it by itself.
         self.start: list[int] = first if first == [tokenizer.bos_token_id] else []
@@ -89,10 +93,15 @@ class _Encoder:
         mask[0] = 0  # nothing comes before the first token that could predict it
         return mask
 
-    def _render(self, messages: list[dict[str, Any]], where: str, *, prompt: bool = False) -> list[int]:
+    def _render(self, values: dict[str, Any], turns: int, where: str, *, prompt: bool = False) -> list[int]:
+        """Ids of a conversation's first turns."""
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=False, add_generation_prompt=prompt
+                values["messages"][:turns],
+                tools=values.get("tools"),
+                tokenize=True,
+                return_dict=False,
+                add_generation_prompt=prompt,
             )
         except (TemplateError, ValueError, TypeError, KeyError) as error:
             said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -101,29 +110,40 @@ class _Encoder:
     def _conversation(self, row: Row, where: str) -> tuple[list[int], list[int]]:
         """Assistant turns are found by rendering the conversation turn by turn: each must extend the one before."""
         messages = row.values["messages"]
-        ids = self._render(messages, where)
+        ids = self._render(row.values, len(messages), where)
         mask = [0] * len(ids)
         for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or turn < row.values.get("trained_from", 0):
                 continue
-            before, said, after = self._turn(messages, turn, where)
+            before, said, after = self._turn(row.values, turn, where)
             if ids[: len(after)] != after:
                 raise _rewritten(where)
             mask[len(before) : len(before) + len(said)] = [1] * len(said)
         mask[0] = 0
         return ids, mask
 
-    def _turn(self, messages: list[dict[str, Any]], turn: int, where: str) -> tuple[list[int], list[int], list[int]]:
+    def _turn(self, values: dict[str, Any], turn: int, where: str) -> tuple[list[int], list[int], list[int]]:
         """What stands before an assistant turn, what of it is trained, and the conversation up to its end."""
-        before = self._render(messages[:turn], where, prompt=True)
-        after = self._render(messages[: turn + 1], where)
+        before = self._render(values, turn, where, prompt=True)
+        after = self._render(values, turn + 1, where)
         if after[: len(before)] != before:
             raise _rewritten(where)
         said = after[len(before) :]
         # What a template puts behind the end token (ChatML: a newline) is never generated, so it is not trained.
-        if self.eos in said:
-            said = said[: len(said) - said[::-1].index(self.eos)]
+        if (end := self._end(said)) is not None:
+            said = said[: end + 1]
+            self.ends.add(said[-1])
         return before, said, after
+
+    def _end(self, said: list[int]) -> int | None:
+        """The place of the token that ends a turn: its last special one, which need not be the tokenizer's own end.
+
+        None where text follows it, so that it ends nothing.
+        """
+        places = [place for place, token in enumerate(said) if token in self.special]
+        if not places or (said[places[-1]] != self.eos and self.tokenizer.decode(said[places[-1] + 1 :]).strip()):
+            return None
+        return places[-1]
 
     def answer(self, kept: _Kept, completion: str) -> tuple[list[int], list[int]]:
         """Ids of a row's prompt, and of this completion after it with its end token, as they would be trained."""
@@ -133,7 +153,7 @@ class _Encoder:
             return self.start + prompt, [*said, self.eos]
         turn = _last_turn(values["messages"])
         messages = [*values["messages"][:turn], {**values["messages"][turn], "content": completion}]
-        before, said, _ = self._turn(messages, turn, kept.where)
+        before, said, _ = self._turn({**values, "messages": messages}, turn, kept.where)
         return before, said
 
 
@@ -176,22 +196,33 @@ def _counts(split: Split) -> dict[str, int]:
     }
 
 
-class _Preparation:
-    """One run of `prepare`: what was dropped is counted over all sources."""
+def _is_new(content: bytes, seen: set[bytes]) -> bool:
+    """Whether it was not seen before; it is from now on. Digests of long rows take little memory."""
+    digest = hashlib.blake2b(content, digest_size=16).digest()
+    new = digest not in seen
+    seen.add(digest)
+    return new
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, seed: int, folder: Path) -> None:
+
+class _Preparation:
+    """One run of `prepare`: what was read and dropped is counted over all sources."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, seed: int) -> None:
         self.encoder = _Encoder(tokenizer)
         self.max_tokens = max_tokens
         self.seed = seed
-        self.folder = folder
         self.dropped = {"duplicates": 0, "cut": 0}
         self.truncated = 0
-        self.seen: set[str] = set()
+        self.seen: set[bytes] = set()
         self.sources: dict[str, dict[str, Any]] = {}
 
     def examples(self, name: str, source: str) -> list[_Kept]:
-        """Reads, de-duplicates and tokenises one source. That of retention is de-duplicated on its own."""
-        read_source = read(source, self.folder)
+        """Reads, de-duplicates and tokenises one source. That of retention is de-duplicated on its own.
+
+        Rows are duplicates too where they differ in nothing that is trained or read: in keys that the chat template
+        leaves out, or beyond max_tokens.
+        """
+        read_source = read(source)
         self.sources[name] = {
             "name": read_source.name,
             "format": read_source.format,
@@ -199,30 +230,32 @@ class _Preparation:
             "bytes": read_source.bytes,
             "rows": len(read_source.rows),
         }
-        fresh = []
         seen = set() if name == RETENTION else self.seen
-        for row in read_source.rows:
-            if row.key not in seen:
-                seen.add(row.key)
-                fresh.append(row)
-        self.dropped["duplicates"] += len(read_source.rows) - len(fresh)
-        kept = []
+        fresh = [row for row in read_source.rows if _is_new(row.key.encode(), seen)]
+        kept, cut = [], 0
         for row, (ids, mask) in zip(fresh, self.encoder.encode(read_source, fresh), strict=True):
-            self.truncated += len(ids) > self.max_tokens
             example = _Kept(
                 np.asarray(ids[: self.max_tokens], dtype=np.int32),
                 np.asarray(mask[: self.max_tokens], dtype=np.uint8),
                 read_source,
                 row,
             )
-            if example.mask.any():
+            trained = bool(example.mask.any())
+            if trained and not _is_new(example.ids.tobytes() + example.mask.tobytes(), seen):
+                continue
+            self.truncated += len(ids) > self.max_tokens
+            if trained:
                 kept.append(example)
-        self.dropped["cut"] += len(fresh) - len(kept)
+            else:
+                cut += 1
+        duplicates = len(read_source.rows) - len(kept) - cut
+        self.dropped["duplicates"] += duplicates
+        self.dropped["cut"] += cut
         if not kept:
             raise DataError(
                 f"{read_source.name}: no row of {len(read_source.rows)} is left for {name} "
-                f"({len(read_source.rows) - len(fresh)} are duplicates, also of rows in the other files; of "
-                f"{len(fresh)} the completion is beyond {self.max_tokens} tokens): raise max_tokens or give other rows"
+                f"({duplicates} are duplicates, also of rows in the other files; of "
+                f"{cut} the completion is beyond {self.max_tokens} tokens): raise max_tokens or give other rows"
             )
         shuffled = permutation(len(kept), self.seed, 0, SPLIT)
         return [kept[i] for i in shuffled]
@@ -259,8 +292,13 @@ class _Answers:
             if kept.row.values.get("prompt") == "" and not self.encoder.start:
                 raise DataError(f"{kept.where}: prompt is empty; metric {self.metric} needs one: fill it in")
 
-    def objective(self, choices: Sequence[str] | None) -> tuple[Objective, dict[str, list[Answered]]]:
-        """The objective, and the texts by split. Raises DataError, and MetricError where a function does not work."""
+    def objective(
+        self, choices: Sequence[str] | None, max_new_tokens: int | None
+    ) -> tuple[Objective, dict[str, list[Answered]]]:
+        """The objective, and the texts by split.
+
+        Raises DataError, and MetricError where a function does not work or no answer can be generated whole.
+        """
         self.check()
         counts = Counter(kept.completion for kept in self.parts["train"])
         majority = min(counts, key=lambda text: (-counts[text], text))
@@ -268,14 +306,28 @@ class _Answers:
         first = self.parts["validation"][0]
         ids = [self.encoder.answer(first, choice)[1] for choice in chosen]
         known = dict(zip(chosen, ids, strict=True))
-        texts = {name: [self._answered(kept, known) for kept in self.parts[name]] for name in ("validation", "test")}
+        answers = {name: [self._answered(kept, known) for kept in self.parts[name]] for name in ("validation", "test")}
+        texts = {name: [row for row, _ in rows] for name, rows in answers.items()}
+        longer = self._longer([length for _, length in answers["validation"]], max_new_tokens)
         folder = str(Path.cwd())
         if self.metric != metrics.ACCURACY:
             row = texts["validation"][0]
             metrics.apply(self.metric, metrics.find(self.metric, folder), [row], [row.completion])
         rows, each = len(texts["validation"]), sum(len(choice) for choice in ids)
         tokens = sum(len(row.ids) for row in texts["validation"]) * len(ids) + rows * each
-        return Objective(self.metric, folder, majority, chosen, ids, tokens), texts
+        return Objective(self.metric, folder, majority, chosen, ids, tokens, sorted(self.encoder.ends), longer), texts
+
+    def _longer(self, lengths: Sequence[int], max_new_tokens: int | None) -> int:
+        """How many answers, of so many tokens each, are never generated whole. Raises MetricError."""
+        if self.metric == metrics.ACCURACY or max_new_tokens is None:
+            return 0
+        longer = sum(length > max_new_tokens for length in lengths)
+        if longer == len(lengths) and self.metric == metrics.EXACT_MATCH:
+            raise MetricError(
+                f"none of the {longer} validation answers fits into max_new_tokens {max_new_tokens}; the shortest has "
+                f"{min(lengths)} tokens: raise objective.max_new_tokens"
+            )
+        return longer
 
     def _choices(self, named: Sequence[str] | None, found: list[str]) -> list[str]:
         most = metrics.MAX_CHOICES
@@ -290,8 +342,14 @@ class _Answers:
             raise DataError(f"objective.choices: {len(named)} are named; name 2 to {most} different ones")
         return list(named)
 
-    def _answered(self, kept: _Kept, known: dict[str, list[int]]) -> Answered:
+    def _answered(self, kept: _Kept, known: dict[str, list[int]]) -> tuple[Answered, int]:
+        """The row's texts, and the tokens of its completion without the end token."""
         completion = kept.completion
+        if not completion:
+            raise DataError(
+                f"{kept.where}: the assistant's last message calls tools and has no content to compare with; metric "
+                f"{self.metric} needs some: use validation_loss, or leave the row out"
+            )
         if known and completion not in known:
             listed = ", ".join(repr(choice[:_SHOWN]) for choice in list(known)[:8])
             raise DataError(
@@ -306,7 +364,7 @@ class _Answers:
             )
         values = kept.row.values
         prompt = values["prompt"] if "prompt" in values else str(self.encoder.tokenizer.decode(ids))
-        return Answered(prompt, completion, ids)
+        return Answered(prompt, completion, ids), len(said) - sum(token in self.encoder.ends for token in said[-1:])
 
 
 def prepare(
@@ -322,20 +380,26 @@ def prepare(
     retention: str | None = None,
     metric: str = metrics.LOSS,
     choices: Sequence[str] | None = None,
+    max_new_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Tokenises and splits the data into `folder` and returns the content of its data.json.
 
     `validation` and `test` are shares of the training file (0 to 1) or sources of their own; `test` may be None. Rows
     of the test source are dropped from validation and training, and those of validation from training, as duplicates.
     `retention` is a source of its own, all of whose rows form a split. `choices` are of the metric accuracy; None: the
-    distinct completions of the training rows. Raises DataError; MetricError for a metric of the user's own that does
-    not work; and OSError where writing fails (then the file being written is not left behind).
+    distinct completions of the training rows. `max_new_tokens` is what is generated for a metric on text: how many
+    answers are longer is counted; None: not. Raises DataError; MetricError for a metric of the user's own that does not
+    work, or where every answer is longer; and OSError where writing fails (then the file being written is not left
+    behind).
+
+    For all sources together, `rows_read` is the sum of the rows kept, of `dropped.duplicates` and of `dropped.cut`,
+    whose completion lies wholly beyond `max_tokens`. `truncated` rows are longer than `max_tokens`, those cut included.
     """
     for name, share in (("validation", validation), ("test", test)):
         if isinstance(share, int | float) and not 0 < share < 1:
             raise DataError(f"{name}: {share:g} is no share; give a number between 0 and 1, or a file")
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Preparation(tokenizer, max_tokens, seed, folder)
+    run = _Preparation(tokenizer, max_tokens, seed)
     parts: dict[str, list[_Kept]] = {"test": []}
     for name, source in (("test", test), ("validation", validation), ("train", train), (RETENTION, retention)):
         if isinstance(source, str):
@@ -350,13 +414,14 @@ def prepare(
         "max_tokens": max_tokens,
         "seed": seed,
         "splits": {name: _counts(split) for name, split in splits.items()},
+        "rows_read": sum(source["rows"] for source in run.sources.values()),
         "dropped": run.dropped,
         "truncated": run.truncated,
         "sources": run.sources,
     }
     texts: dict[str, list[Answered]] = {}
     if metric != metrics.LOSS:
-        objective, texts = _Answers(run.encoder, metric, parts).objective(choices)
+        objective, texts = _Answers(run.encoder, metric, parts).objective(choices, max_new_tokens)
         summary["objective"] = dataclasses.asdict(objective)
     for name, split in splits.items():
         tensors = {"ids": split.ids, "offsets": split.offsets, "mask": split.mask}

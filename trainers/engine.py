@@ -118,10 +118,13 @@ class Engine(Protocol):
         None is the base model. Raises TrialFailed as `evaluate` does.
         """
 
-    def generate(self, trial: int | None, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuations of prompts (token ids), each up to the end-of-sequence token, which is left out.
+    def generate(
+        self, trial: int | None, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int, ends: Sequence[int] = ()
+    ) -> list[list[int]]:
+        """Greedy continuations of prompts (token ids), each up to an end token, which is left out.
 
-        Raises TrialFailed as `evaluate` does.
+        `ends` are ids of end tokens besides those that the tokenizer and the model's generation config name. Raises
+        TrialFailed as `evaluate` does.
         """
 
     def checkpoint(self, trial: int, folder: Path) -> None:

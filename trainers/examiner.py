@@ -113,7 +113,8 @@ class DataExaminer:
         """The metric of the text that the model generates for each row, and the tokens read and generated."""
         rows = self._answered(name)
         prompts = [np.array(row.ids, dtype=np.int32) for row in rows]
-        generated = engine.generate(trial, prompts, self._job.max_new_tokens)
+        ends = [] if self._objective is None else self._objective.ends
+        generated = engine.generate(trial, prompts, self._job.max_new_tokens, ends)
         if self._tokenizer is None:
             from trainers.models import load_tokenizer, resolve
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,20 +17,31 @@ def greedy(
     prompts: Sequence[NDArray[np.int32]],
     max_new_tokens: int,
     micro_tokens: int,
+    ends: Sequence[int] = (),
 ) -> list[list[int]]:
     """The most likely continuation, token by token, of each prompt (token ids), in their order.
 
-    Each ends before the tokenizer's end-of-sequence token or after `max_new_tokens`. Prompts of like length form
-    batches of at most `micro_tokens` tokens, continuations and padding included, but at least one prompt. The model is
-    in eval mode afterwards.
+    Each ends before an end token or after `max_new_tokens`. End tokens are the ids in `ends`, the tokenizer's
+    end-of-sequence token and those of the model's generation config. Prompts of like length form batches of at most
+    `micro_tokens` tokens, continuations and padding included, but at least one prompt. The model is in eval mode
+    afterwards.
     """
     model.eval()
     found: list[list[int]] = [[] for _ in prompts]
-    with torch.no_grad(), _plainly(model, tokenizer, max_new_tokens):
+    stops = _stops(model, tokenizer, ends)
+    with torch.no_grad(), _plainly(model, tokenizer, max_new_tokens, stops):
         for batch in _batches([len(prompt) for prompt in prompts], max_new_tokens, micro_tokens):
-            for place, new in zip(batch, _continue(model, tokenizer, [prompts[p] for p in batch]), strict=True):
+            given = [prompts[place] for place in batch]
+            for place, new in zip(batch, _continue(model, tokenizer, given, stops), strict=True):
                 found[place] = new
     return found
+
+
+def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> set[int]:
+    # A base model's tokenizer often names <|endoftext|>, while its chat template ends a turn with another token.
+    own = model.generation_config.eos_token_id
+    named = own if isinstance(own, list) else [own]
+    return {int(end) for end in (*ends, tokenizer.eos_token_id, *named) if end is not None}
 
 
 def _batches(lengths: Sequence[int], max_new_tokens: int, micro_tokens: int) -> Iterator[list[int]]:
@@ -46,14 +57,16 @@ def _batches(lengths: Sequence[int], max_new_tokens: int, micro_tokens: int) -> 
 
 
 @contextmanager
-def _plainly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Iterator[None]:
+def _plainly(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, stops: Set[int]
+) -> Iterator[None]:
     """Nothing but the most likely token: what a model's folder says of sampling or penalties is out of force."""
     before = model.generation_config
     model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         use_cache=True,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=sorted(stops),
         pad_token_id=_padding(tokenizer),
     )
     try:
@@ -70,7 +83,10 @@ def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _continue(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[NDArray[np.int32]]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[NDArray[np.int32]],
+    stops: Set[int],
 ) -> list[list[int]]:
     longest = max(len(prompt) for prompt in prompts)
     ids = np.full((len(prompts), longest), _padding(tokenizer), dtype=np.int64)
@@ -82,8 +98,8 @@ def _continue(
     given = torch.from_numpy(ids).to(device)
     out = model.generate(given, attention_mask=torch.from_numpy(mask).to(device))
     assert isinstance(out, torch.Tensor)
-    return [_until(new, tokenizer.eos_token_id) for new in out[:, longest:].tolist()]
+    return [_until(new, stops) for new in out[:, longest:].tolist()]
 
 
-def _until(tokens: list[int], end: int) -> list[int]:
-    return tokens[: tokens.index(end)] if end in tokens else tokens
+def _until(tokens: list[int], stops: Set[int]) -> list[int]:
+    return tokens[: next((place for place, token in enumerate(tokens) if token in stops), len(tokens))]

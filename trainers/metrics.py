@@ -15,7 +15,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainers.splits import DataError
@@ -45,7 +45,9 @@ class Objective:
 
     `folder` is where the user's module is looked for. `majority` is the most frequent completion of the training rows.
     `choices` are of accuracy, `choice_ids` the tokens of each with its end token, as they would be trained, and
-    `validation_tokens` the input tokens of scoring all of them after every validation prompt.
+    `validation_tokens` the input tokens of scoring all of them after every validation prompt. `ends` are the token ids
+    that end a trained answer, at which a generated one ends too. `longer_answers` are the validation rows whose answer
+    does not fit into objective.max_new_tokens. Data that were prepared before have neither of the two.
     """
 
     metric: str
@@ -54,6 +56,8 @@ class Objective:
     choices: list[str]
     choice_ids: list[list[int]]
     validation_tokens: int
+    ends: list[int] = field(default_factory=list)
+    longer_answers: int = 0
 
 
 def texts_file(split: str) -> str:

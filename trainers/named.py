@@ -43,13 +43,14 @@ def with_config(model: str, folder: Path) -> Path:
 def data_file(source: str) -> Path | None:
     """A local file of rows; None where the name is a hub data set's. Raises DataError."""
     path = Path(source).expanduser()
-    if not (path.exists() or path.suffix in BUILDERS) and HUB_ID.match(source):
+    suffix = path.suffix.lower()
+    if not (path.exists() or suffix in BUILDERS) and HUB_ID.match(source):
         return None
     if path.is_dir():
         raise DataError(f"{path}: is a folder; name one file ending in {', '.join(BUILDERS)}")
     if not path.exists():
         raise DataError(f"{path}: no such file; check the path, or name a hub data set as owner/name")
-    if path.suffix not in BUILDERS:
+    if suffix not in BUILDERS:
         raise DataError(f"{path.name}: unknown kind of file; use one ending in {', '.join(BUILDERS)}")
     try:
         with path.open("rb") as file:

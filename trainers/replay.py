@@ -244,7 +244,9 @@ class ReplayEngine:
         nll: NDArray[np.float64] = split.lengths * loss * (1 + self._script.row_spread * shares)
         return nll[list(rows)]
 
-    def generate(self, trial: int | None, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int) -> list[list[int]]:
+    def generate(
+        self, trial: int | None, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int, ends: Sequence[int] = ()
+    ) -> list[list[int]]:
         """See Engine. A prompt is the place of a split and a row of it; what is generated is RIGHT or WRONG."""
         loss = self._script.base_loss if trial is None else self._loss(self._trials[trial])
         draws = [_draw(self._seed(trial), "answer", *prompt.tolist()) for prompt in prompts]

@@ -1,7 +1,8 @@
-"""Rows of text from files and hub data sets, read through `datasets` and checked one by one.
+"""Rows of text from files and hub data sets, checked one by one.
 
 Three formats, told apart by their columns: `prompt` and `completion`; `messages` (a list of role and content);
-`text`. Other columns are ignored.
+`text`. With messages there may be `tools`. A prompt and a completion that are lists of messages are a conversation of
+which the completion is trained. Other columns are ignored.
 """
 
 from __future__ import annotations
@@ -9,26 +10,35 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import re
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
+from pyarrow import parquet
 
+from trainers.json_rows import read_json
 from trainers.named import BUILDERS, EXPECTED, HUB_ID, data_file
 from trainers.splits import DataError
 
 COLUMNS = {"prompt": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
+WANTED = ("prompt", "completion", "messages", "text", "tools")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NAMES = 20  # columns that an error lists
+
+Raw = tuple[list[str], list[tuple[int, dict[str, Any]]]]  # all columns; each row's number and what it has of WANTED
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row; `number` counts from 1 (the line of a JSONL file without blank lines, headers not counted)."""
+    """One row; `number` is its line in a file of a JSON object a line, else it counts from 1 without a header.
+
+    `values` are `text`; or `prompt` and `completion`; or `messages`, with `tools` where there are some, and with
+    `trained_from`, the place of the first message that is trained, where earlier ones are not.
+    """
 
     number: int
     values: dict[str, Any]
@@ -36,7 +46,8 @@ class Row:
     @property
     def key(self) -> str:
         """What makes two rows exact duplicates."""
-        return json.dumps(self.values, sort_keys=True, ensure_ascii=False)
+        # Parquet has times and bytes, also where no template looks.
+        return json.dumps(self.values, sort_keys=True, ensure_ascii=False, default=str)
 
 
 @dataclass(frozen=True)
@@ -64,26 +75,21 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
-def _load_file(path: Path, scratch: Path) -> datasets.Dataset:
-    # A CSV cell is text as it stands: "007" is no number and "NA" no gap.
-    as_text = {"converters": dict.fromkeys(("prompt", "completion", "text"), str), "keep_default_na": False}
-    options = as_text if BUILDERS[path.suffix] == "csv" else {}
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=".tmp-rows-") as cache:
-        table = datasets.load_dataset(
-            BUILDERS[path.suffix],
-            data_files=str(path),
-            split="train",
-            cache_dir=cache,
-            keep_in_memory=True,
-            verification_mode="no_checks",
-            **options,
-        )
-    if table.num_rows == 0:
-        raise DataError(f"{path.name}: is empty; it needs rows of {EXPECTED}")
-    return table
+def _load_file(path: Path) -> Raw:
+    kind = BUILDERS[path.suffix.lower()]
+    if kind == "json":
+        return read_json(path, WANTED)
+    with path.open("rb") as file:  # by its path it would be taken for a pattern, in which brackets have a meaning
+        if kind == "parquet":
+            return _from_table(datasets.Dataset(parquet.read_table(file)))
+        # A CSV cell is text as it stands: "007" is no number and "NA" no gap.
+        frame = pandas.read_csv(file, dtype=str, keep_default_na=False)
+    columns = [str(column) for column in frame.columns]
+    rows = frame[[column for column in WANTED if column in columns]].to_dict("records")
+    return columns, list(enumerate(rows, start=1))
 
 
-def _read_file(path: Path, scratch: Path) -> tuple[datasets.Dataset, str, int]:
+def _read_file(path: Path) -> tuple[Raw, str, int]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -91,19 +97,31 @@ def _read_file(path: Path, scratch: Path) -> tuple[datasets.Dataset, str, int]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     try:
-        return _load_file(path, scratch), sha256, size
+        raw = _load_file(path)
     except DataError:
         raise
-    except Exception as error:  # every builder has its own parser, and each of them its own errors
-        root = _root(error)
-        if "corresponds to no data" in str(root):
-            raise DataError(f"{path.name}: has no rows; it needs rows of {EXPECTED}") from error
-        # Arrow's JSON reader counts from 0; people count from 1.
-        said = re.sub(r"in row (\d+)", lambda m: f"in row {int(m[1]) + 1}", _first_line(root))
-        raise DataError(f"{path.name}: is not readable {path.suffix[1:].upper()}: {said}; repair the file") from error
+    except Exception as error:  # every kind has its own parser, and each of them its own errors
+        kind = path.suffix[1:].upper()
+        raise DataError(f"{path.name}: is not readable {kind}: {_first_line(_root(error))}; repair the file") from error
+    if not raw[1]:
+        raise DataError(f"{path.name}: has no rows; it needs rows of {EXPECTED}")
+    return raw, sha256, size
 
 
-def _read_hub(name: str, split: str) -> datasets.Dataset:
+def _from_table(table: datasets.Dataset) -> Raw:
+    # Arrow fills keys that other rows have with None, at any depth, which templates would take for values.
+    wanted = [column for column in WANTED if column in table.column_names]
+    rows = table.select_columns(wanted) if wanted else [{}]
+    return table.column_names, [(number, _without_none(row)) for number, row in enumerate(rows, start=1)]
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _read_hub(name: str, split: str) -> Raw:
     try:
         table = datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub client raises a dozen kinds, most of them undocumented
@@ -111,7 +129,7 @@ def _read_hub(name: str, split: str) -> datasets.Dataset:
         raise DataError(f"{name}: is no local file and cannot be had from the hub: {said}") from error
     if table.num_rows == 0:
         raise DataError(f"{name}:{split}: has no rows")
-    return table
+    return _from_table(table)
 
 
 def _text(value: Any, column: str, where: str, *, empty: bool = False) -> str:
@@ -126,56 +144,111 @@ def _text(value: Any, column: str, where: str, *, empty: bool = False) -> str:
     return value
 
 
-def _messages(value: Any, where: str) -> list[dict[str, Any]]:
+def _messages(value: Any, where: str, column: str = "messages") -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
-        raise DataError(f"{where}: messages is not a list of {{role, content}}")
+        raise DataError(f"{where}: {column} is not a list of {{role, content}}")
     cleaned = []
     for turn, message in enumerate(value, start=1):
         if message.get("role") not in ROLES:
             raise DataError(f"{where}: message {turn} has role {message.get('role')!r}, expected {', '.join(ROLES)}")
-        _text(message.get("content"), f"content of message {turn}", where)
-        # `datasets` fills keys that other rows have with None, which templates would take for values.
-        cleaned.append({k: v for k, v in message.items() if v is not None})
-    roles = [m["role"] for m in cleaned]
+        calls = message["role"] == "assistant" and bool(message.get("tool_calls"))
+        content = _text(message.get("content"), f"content of message {turn}", where, empty=calls)
+        # A null stands for a key that is not there. Without its content, which calls of tools need not have, many
+        # templates refuse a message.
+        cleaned.append({k: v for k, v in message.items() if v is not None} | {"content": content})
+    return cleaned
+
+
+def _conversation(messages: list[dict[str, Any]], raw: dict[str, Any], where: str) -> dict[str, Any]:
+    roles = [m["role"] for m in messages]
     if "assistant" not in roles:
         raise DataError(f"{where}: no message is by the assistant, so there is nothing to train on")
     if roles[0] == "assistant":
         raise DataError(f"{where}: the first message is by the assistant; put what it answers before it")
-    return cleaned
+    tools = _tools(raw.get("tools"), where)
+    return {"messages": messages} | ({"tools": tools} if tools else {})
 
 
-def _checked(table: datasets.Dataset, name: str, form: str) -> Iterator[Row]:
-    for number, raw in enumerate(table.select_columns(list(COLUMNS[form])), start=1):
+def _tools(value: Any, where: str) -> list[dict[str, Any]]:
+    """Descriptions of tools for the chat template; data sets often have them as JSON text."""
+    found = value
+    if isinstance(value, str) and value.strip():
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            found = value
+    if not found:
+        return []
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise DataError(f"{where}: tools is neither a list of objects nor the JSON text of one; correct or remove it")
+    return found
+
+
+def _pair(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    if raw.get("prompt") is None:
+        raise DataError(f'{where}: prompt is null or missing; fill it in, or write "" where there is none')
+    prompt = _text(raw["prompt"], "prompt", where, empty=True)
+    return {"prompt": prompt, "completion": _text(raw.get("completion"), "completion", where)}
+
+
+def _spoken_pair(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """A prompt and a completion that are lists of messages."""
+    prompt, completion = (_messages(raw.get(column), where, column) for column in COLUMNS["prompt"])
+    if all(message["role"] != "assistant" for message in completion):
+        raise DataError(f"{where}: no message of the completion is by the assistant, so there is nothing to train on")
+    return _conversation([*prompt, *completion], raw, where) | {"trained_from": len(prompt)}
+
+
+def _checked(rows: Sequence[tuple[int, dict[str, Any]]], name: str, form: str, *, spoken: bool) -> Iterator[Row]:
+    for number, raw in rows:
         where = f"{name}, row {number}"
-        if form == "messages":
-            yield Row(number, {"messages": _messages(raw["messages"], where)})
+        if spoken:
+            values = _spoken_pair(raw, where)
+        elif form == "messages":
+            values = _conversation(_messages(raw.get("messages"), where), raw, where)
         elif form == "text":
-            yield Row(number, {"text": _text(raw["text"], "text", where)})
+            values = {"text": _text(raw.get("text"), "text", where)}
         else:
-            prompt = _text(raw["prompt"], "prompt", where, empty=True)
-            yield Row(number, {"prompt": prompt, "completion": _text(raw["completion"], "completion", where)})
+            values = _pair(raw, where)
+        row = Row(number, values)
+        try:
+            row.key.encode()
+        except UnicodeEncodeError as error:  # JSON can write it, and no tokenizer takes it
+            half = error.object[error.start].encode("unicode_escape").decode()
+            raise DataError(f"{where}: has {half}, which is half a character; correct the escape") from error
+        yield row
 
 
-def read(source: str, scratch: Path) -> Source:
+def _unknown(name: str, columns: Sequence[str]) -> DataError:
+    found = ", ".join(columns[:_NAMES]) + (", ..." if len(columns) > _NAMES else "")
+    advice = "rename them"
+    if {"instruction", "output"} <= set(columns):
+        prompt = "join instruction and input into prompt" if "input" in columns else "name instruction prompt"
+        advice = f"{prompt}, and name output completion"
+    return DataError(f"{name}: has columns {found or 'none'}; expected {EXPECTED}: {advice}")
+
+
+def read(source: str) -> Source:
     """Reads a local file (.jsonl, .json, .csv, .parquet) or a hub data set (`owner/name` or `owner/name:split`).
 
-    `scratch` is a folder for what `datasets` builds meanwhile; nothing is left in it. Raises DataError, and OSError
-    where the disk is full.
+    Raises DataError, and OSError where the disk is full.
     """
     if (path := data_file(source)) is not None:
         name = path.name
-        table, sha256, size = _read_file(path, scratch)
+        (columns, raw), sha256, size = _read_file(path)
     else:
         hub = HUB_ID.match(source)
         assert hub is not None
         name = source
-        table = _read_hub(hub["id"], hub["split"] or "train")
+        columns, raw = _read_hub(hub["id"], hub["split"] or "train")
         sha256, size = "", 0
-    form = next((f for f, columns in COLUMNS.items() if set(columns) <= set(table.column_names)), None)
+    form = next((form for form, needed in COLUMNS.items() if set(needed) <= set(columns)), None)
     if form is None:
-        found = ", ".join(table.column_names) or "none"
-        raise DataError(f"{name}: has columns {found}; expected {EXPECTED}: rename them")
-    rows = list(_checked(table, name, form))
+        raise _unknown(name, columns)
+    # The first row says whether prompts are conversations: they are no text then, and no text is one.
+    spoken = form == "prompt" and isinstance(raw[0][1].get("prompt"), list)
+    rows = list(_checked(raw, name, form, spoken=spoken))
+    form = "messages" if spoken else form
     if not sha256:  # a hub data set has no one file: what was read stands for it
         content = "\n".join(row.key for row in rows).encode()
         sha256, size = hashlib.sha256(content).hexdigest(), len(content)

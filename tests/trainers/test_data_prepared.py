@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from tiny import lora_trial
+from tiny import CHATML, lora_trial
 from transformers import PreTrainedTokenizerFast
 
 from trainers import data, rows
@@ -66,7 +66,7 @@ def test_pairs_train_on_completion_and_end_token(
     assert [counts[name]["rows"] for name in data.SPLITS] == [6, 2, 2]
     assert counts["train"]["completion_tokens"] == int(load_split(tmp_path / "out", "train").mask.sum())
     assert summary["sources"]["train"]["bytes"] == (tmp_path / f"rows{suffix}").stat().st_size
-    assert not list((tmp_path / "out").glob(".tmp*")), "scratch must not stay behind"
+    assert not list((tmp_path / "out").glob(".tmp*"))
     assert json.loads((tmp_path / "out" / "data.json").read_text()) == summary
 
 
@@ -74,7 +74,7 @@ def test_csv_cells_stay_text(tmp_path: Path) -> None:
     """A CSV cell that looks like a number or a gap is text as it stands."""
     path = tmp_path / "rows.csv"
     path.write_text("prompt,completion\n1,007\nb,NA\n")
-    assert [row.values["completion"] for row in rows.read(str(path), tmp_path).rows] == ["007", "NA"]
+    assert [row.values["completion"] for row in rows.read(str(path)).rows] == ["007", "NA"]
 
 
 def test_conversations_train_on_assistant_turns(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -83,6 +83,71 @@ def test_conversations_train_on_assistant_turns(tokenizer: PreTrainedTokenizerFa
     run(tokenizer, tmp_path / "out", write(tmp_path / "rows.jsonl", talks), max_tokens=200)
     for example in all_examples(tmp_path / "out"):
         assert trained_text(tokenizer, example) == "runs<|im_end|>sleeps<|im_end|>runs<|im_end|>"
+
+
+def test_a_turn_ends_where_the_template_ends_it(model_folder: Path, tmp_path: Path) -> None:
+    """Not at the tokenizer's own end, which is another token in base models; no newline behind it is trained.
+
+    A special token within a turn ends nothing, and a template without any has a turn trained whole.
+    """
+    other = PreTrainedTokenizerFast.from_pretrained(model_folder, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    talks = write(tmp_path / "rows.jsonl", [{"messages": [{**TALK[0], "content": str(i)}, TALK[1]]} for i in range(6)])
+    end = "{{ m['content'] }}<|im_end|>\n"
+    for name, written, trained in (
+        ("chatml", end, "runs<|im_end|>"),
+        ("within", "<|im_start|> {{ m['content'] }}\n", "<|im_start|> runs\n"),
+        ("plain", "{{ m['content'] }}\n", "runs\n"),
+        ("own", "{{ m['content'] }}<|endoftext|>\n", "runs<|endoftext|>"),
+    ):
+        other.chat_template = CHATML.replace(end, written)
+        assert (other.chat_template == CHATML) == (name == "chatml")
+        run(other, tmp_path / name, talks)
+        assert {trained_text(other, example) for example in all_examples(tmp_path / name)} == {trained}
+
+
+def test_of_a_spoken_prompt_and_completion_the_completion_is_trained(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Assistant turns of a prompt that is a list of messages are read and not trained; all of the completion's are."""
+    pairs = [{"prompt": [*TALK, {"role": "user", "content": str(i)}], "completion": [*TALK[1:]]} for i in range(6)]
+    summary = run(tokenizer, tmp_path / "out", write(tmp_path / "rows.jsonl", pairs), max_tokens=200)
+    assert summary["sources"]["train"]["format"] == "messages"
+    for example in all_examples(tmp_path / "out"):
+        assert tokenizer.decode(example.ids).count("<|im_start|>assistant") == 4
+        assert trained_text(tokenizer, example) == "runs<|im_end|>sleeps<|im_end|>"
+
+
+TOOLED = (
+    "{% for t in tools or [] %}<|im_start|>tool {{ t | tojson }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] + '' }}"
+    "{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_tools_and_their_calls_are_rendered(model_folder: Path, tmp_path: Path, suffix: str) -> None:
+    """A template is given the tools of a row, and of a call what the row says and no key of others.
+
+    Rows that differ in their tools alone are no duplicates.
+    """
+    calling = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    calling.chat_template = TOOLED
+    calls = [{"name": f"t{i}", "arguments": {f"k{i}": i}} for i in range(6)]
+    rows_ = [
+        {"messages": [TALK[0], {"role": "assistant", "content": None, "tool_calls": [c]}, *TALK[2:]], "tools": [c]}
+        for c in calls
+    ]
+    twice = {"messages": rows_[0]["messages"], "tools": json.dumps([{"name": "another"}])}
+    path = write(tmp_path / f"rows{suffix}", [*rows_, *([twice] if suffix == ".jsonl" else [])])
+    summary = run(calling, tmp_path / "out", path, max_tokens=300)
+    assert summary["dropped"] == {"duplicates": 0, "cut": 0}
+    found = {calling.decode(example.ids): trained_text(calling, example) for example in all_examples(tmp_path / "out")}
+    for call in calls:
+        said = json.dumps(call)
+        text = next(text for text in found if text.startswith(f"<|im_start|>tool {said}<|im_end|>\n"))
+        assert found[text] == f"{said}<|im_end|>sleeps<|im_end|>"
+    assert len(found) == 6 + (suffix == ".jsonl")
 
 
 def test_text_trains_on_all_but_the_first_token(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -121,6 +186,35 @@ def test_cut_rows_and_duplicates_are_dropped_and_counted(tokenizer: PreTrainedTo
     assert summary["truncated"] == 2
     assert sum(s["rows"] for s in summary["splits"].values()) == 11
     assert max(len(e.ids) for e in all_examples(tmp_path / "out")) == 20
+
+
+def test_rows_that_are_read_and_trained_alike_are_duplicates(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """What the template leaves out of a message, or lies beyond max_tokens, makes no other row, in no other file."""
+    talks = [{"messages": [{**TALK[0], "content": f"the dog {i}"}, TALK[1]]} for i in range(6)]
+    again = [{"messages": [{**talk["messages"][0], "ts": 7}, {**TALK[1], "ts": 8}]} for talk in talks]
+    path, held = write(tmp_path / "rows.jsonl", [*talks, *again]), write(tmp_path / "held.jsonl", again[:2])
+    summary = run(tokenizer, tmp_path / "out", path)
+    assert summary["dropped"] == {"duplicates": 6, "cut": 0}
+    summary = run(tokenizer, tmp_path / "out", path, validation=str(held), test=None)
+    assert summary["dropped"] == {"duplicates": 8, "cut": 0}
+    assert [summary["splits"][name]["rows"] for name in ("train", "validation")] == [4, 2]
+    long = [{"prompt": f"the dog {i % 4}", "completion": " runs" * 40 + f" {i}"} for i in range(8)]
+    summary = run(tokenizer, tmp_path / "out", write(tmp_path / "long.jsonl", long), max_tokens=20)
+    assert (summary["dropped"], summary["truncated"]) == ({"duplicates": 4, "cut": 0}, 4)
+    assert len({example.ids.tobytes() for example in all_examples(tmp_path / "out")}) == 4
+
+
+def test_every_row_that_was_read_is_accounted_for(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Rows read are rows kept, duplicates and rows cut, over all sources."""
+    cut, long = {"prompt": "the " * 40, "completion": " dog"}, {"prompt": "the", "completion": " dog" * 40}
+    path = write(tmp_path / "rows.jsonl", [*PAIRS, PAIRS[0], cut, long])
+    held = write(tmp_path / "held.jsonl", [PAIRS[1], PAIRS[1], {**long, "prompt": "a"}])
+    summary = run(tokenizer, tmp_path / "out", path, max_tokens=20, test=str(held), retention=str(held))
+    assert (summary["rows_read"], summary["truncated"]) == (19, 4)
+    assert summary["dropped"] == {"duplicates": 4, "cut": 1}
+    assert sum(split["rows"] for split in summary["splits"].values()) == 19 - 4 - 1
 
 
 def test_rows_of_the_test_file_leave_training(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -45,8 +46,8 @@ def fragile(prompt, generated, completion):
 class Bench:
     """A tiny model on rows that it can learn in part, with an engine and its examiner."""
 
-    def __init__(self, root: Path, model: Path, metric: str, **changes: Any) -> None:
-        """Prepares the rows into `root`; `changes` are of `prepare`."""
+    def __init__(self, root: Path, model: Path, metric: str, rows_file: Path | None = None, **changes: Any) -> None:
+        """Prepares the rows, or those of a file, into `root`; `changes` are of `prepare`."""
         rng = random.Random(5)
         colours = {word: f" {rng.choice(['red', 'blue', 'dog'])}" for word in WORDS}
         rows = [{"prompt": f"{a} {b} ->", "completion": colours[a]} for a in WORDS for b in WORDS]
@@ -54,14 +55,15 @@ class Bench:
         (root / "general.jsonl").write_text('{"text": "the river sings"}\n{"text": "a bird runs over"}\n')
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
         options = {"validation": 0.1, "test": 0.1, "max_tokens": 64, "seed": 3, "model": "tiny", **changes}
-        prepare(self.tokenizer, train=str(root / "rows.jsonl"), folder=root / "data", metric=metric, **options)
+        train = str(rows_file or root / "rows.jsonl")
+        prepare(self.tokenizer, train=train, folder=root / "data", metric=metric, **options)
         self.root, self.model = root, model
         times = {"origin_boot_ms": 0, "paid_ms": 0, "work_ms": 0, "checkpoint_ms": 0}
         settings = {"worker": "w", "command": [], "rung_rows": RUNG_ROWS, "boot_id": "", "fence": 0, "device": "cpu"}
         data = {"model": str(model), "data": str(root / "data"), "metric": metric, "max_new_tokens": 5}
         self.examiner = DataExaminer(WorkerJob(**data, **settings, **times))  # type: ignore[arg-type]
-        train, validation = load_split(root / "data", "train"), load_split(root / "data", "validation")
-        self.engine: Any = LoraEngine(load_base(str(model), "cpu"), train, validation, RUNG_ROWS, 256, slots=2)
+        splits = [load_split(root / "data", name) for name in ("train", "validation")]
+        self.engine: Any = LoraEngine(load_base(str(model), "cpu"), *splits, RUNG_ROWS, 256, slots=2)
 
     def trained(self, steps: int | None = None) -> Any:
         """Trains trial 1 and returns it as PEFT loads it."""
@@ -149,6 +151,30 @@ def test_exact_match_is_that_of_plain_generation(make: Make) -> None:
     assert scores["retention"].tokens == (load_split(bench.root / "data", "retention").lengths - 1).tolist()
     most = statistics.mode(row["completion"] for row in bench.rows("train"))
     assert bench.examiner.majority() == {"test": statistics.fmean(row["completion"] == most for row in rows)}
+
+
+def test_conversations_whose_turns_end_with_another_token(untied: Path, tmp_path: Path) -> None:
+    """A trial that has learnt the answers has them right, whichever token the tokenizer names as its end.
+
+    Base models name <|endoftext|> beside a template that ends turns with another token.
+    """
+    answer = {"role": "assistant", "content": "dog"}
+    talks = [{"messages": [{"role": "user", "content": f"{a} {b}"}, answer]} for a in WORDS for b in WORDS]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    found = {}
+    for end in ("<|im_end|>", "<|endoftext|>"):
+        model = tmp_path / end.strip("<|>")
+        shutil.copytree(untied, model)
+        tokenizer: Any = AutoTokenizer.from_pretrained(model, eos_token=end, pad_token=end)
+        tokenizer.save_pretrained(model)
+        config = json.loads((model / "generation_config.json").read_text())
+        (model / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": tokenizer.eos_token_id}))
+        bench = Bench(model, model, "exact_match", tmp_path / "talks.jsonl")
+        bench.trained()
+        judgement = bench.examiner.evaluate(bench.engine, 1, None)
+        found[end] = (judgement.loss, bench.examiner.measure(bench.engine, 1, judgement).metric)
+    assert found["<|im_end|>"] == found["<|endoftext|>"]
+    assert found["<|im_end|>"][1] == 1.0
 
 
 def test_exact_match_leaves_out_spaces_around_alone() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from sweep.errors import UnusableError
 from sweep.launch import look
 from sweep.spec import validate
 from trainers import check, metrics
@@ -114,7 +115,58 @@ def test_retention_is_a_split_of_its_own(tokenizer: PreTrainedTokenizerFast, tmp
         run(tokenizer, tmp_path, ROWS, retention=str(tmp_path / "nothing.jsonl"))
 
 
+def test_answers_that_are_never_generated_whole_are_counted(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where none fits, an exact match is out of reach and refused; an answer needs no room for its end token.
+
+    Where some fit, those that do not are counted among the validation rows; a function may be content with a part.
+    """
+    rows = [{"prompt": f"the dog {i} ->", "completion": " red" * (i + 1)} for i in range(20)]
+    lengths = run(tokenizer, tmp_path, rows, metric="exact_match")
+    assert lengths["objective"]["longer_answers"] == 0
+    texts = metrics.read_answered(tmp_path / "out", "validation")
+    tokens = sorted(len(tokenizer(row.completion)["input_ids"]) for row in texts)
+    for most in (tokens[0], tokens[1], tokens[-1]):
+        found = run(tokenizer, tmp_path, rows, metric="exact_match", max_new_tokens=most)["objective"]
+        assert found["longer_answers"] == sum(length > most for length in tokens)
+    said = (
+        f"none of the 4 validation answers fits into max_new_tokens {tokens[0] - 1}; the shortest has {tokens[0]} "
+        "tokens: raise objective.max_new_tokens"
+    )
+    with pytest.raises(MetricError) as caught:
+        run(tokenizer, tmp_path, rows, metric="exact_match", max_new_tokens=tokens[0] - 1)
+    assert str(caught.value) == said
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "partly.py").write_text("def score(prompt, generated, completion):\n    return len(generated)\n")
+    found = run(tokenizer, tmp_path, rows, metric="partly:score", max_new_tokens=tokens[0] - 1)["objective"]
+    assert found["longer_answers"] == 4
+
+
+def test_a_generated_answer_ends_where_a_trained_one_does(
+    tokenizer: PreTrainedTokenizerFast, model_folder: Path, tmp_path: Path
+) -> None:
+    """The ids at which it ends are kept; data prepared before there were any is read as having none."""
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("endoftext", "im_end")}
+    other = PreTrainedTokenizerFast.from_pretrained(model_folder, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    said = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "runs"}]
+    talks = [{"messages": [{"role": "user", "content": str(i)}, *said[1:], *said]} for i in range(9)]
+    assert run(other, tmp_path, talks, metric="exact_match")["objective"]["ends"] == sorted(ids.values())
+    assert run(other, tmp_path, ROWS, metric="exact_match")["objective"]["ends"] == [ids["endoftext"]]
+    assert run(tokenizer, tmp_path, talks, metric="exact_match")["objective"]["ends"] == [ids["im_end"]]
+    path = tmp_path / "out" / "data.json"
+    old = json.loads(path.read_text())
+    del old["objective"]["ends"], old["objective"]["longer_answers"]
+    path.write_text(json.dumps(old))
+    found = metrics.read_objective(tmp_path / "out")
+    assert (found.ends, found.longer_answers, found.metric) == ([], 0, "exact_match")
+
+
 MANY = [{"prompt": f"the dog {i} ->", "completion": f" {i}"} for i in range(150)]
+CALLS = [
+    {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "tool_calls": [{"name": "add"}]}]}
+    for i in range(9)
+]
 REFUSED: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "too many": (MANY, {}, r"rows\.jsonl: different completions in its rows: 90; metric accuracy chooses among 2 to"),
     "one": ([{**row, "completion": " a"} for row in ROWS], {}, "different completions in its rows: 1; metric"),
@@ -123,6 +175,7 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "unknown": (ROWS, {"choices": ["red", "blue"]}, r"row \d+: completion ' red' is none of the choices \('red', "),
     "text": ([{"text": f"the dog {i}"} for i in range(9)], {}, "has rows of text, which have no completion"),
     "text, generated": ([{"text": f"a {i}"} for i in range(9)], {"metric": "exact_match"}, "has rows of text"),
+    "no content": (CALLS, {"metric": "exact_match"}, r"row \d+: the assistant's last message calls tools and has no"),
     "no prompt": ([{**row, "prompt": ""} for row in MANY], {"metric": "exact_match"}, r"row \d+: prompt is empty"),
 }
 
@@ -196,9 +249,29 @@ def test_the_check_answers_in_one_line(model_folder: Path, tmp_path: Path) -> No
     assert answer["data"]["objective"]["choices"] == request["choices"]
     code, answer = check._answer({**request, "metric": "absent:score", "choices": None})
     assert (code, answer["kind"]) == (7, "objective")
+    long = write(tmp_path / "long.jsonl", [{**row, "completion": " red" * 9} for row in ROWS])
+    asked = {**request, "train": long, "metric": "exact_match", "choices": None, "max_new_tokens": 8}
+    code, answer = check._answer(asked)
+    assert (code, answer["kind"]) == (7, "objective") and "fits into max_new_tokens 8;" in answer["message"]
+    assert check._answer({**asked, "max_new_tokens": 9})[0] == 0
     code, answer = check._answer({**request, "choices": [" red", " blue"]})
     assert (code, answer["kind"]) == (7, "data")
     assert "completion ' green' is none of the choices" in answer["message"]
+
+
+def test_a_launch_is_refused_where_no_answer_can_be_generated(model_folder: Path, tmp_path: Path) -> None:
+    """The spec's max_new_tokens is handed to the check, before anything is paid."""
+    rows = [{**row, "completion": " red" * 5} for row in ROWS]
+    values = {
+        "study": "words",
+        "model": str(model_folder),
+        "data": {"train": write(tmp_path / "rows.jsonl", rows)},
+        "machine": {"price": "$1/hour"},
+        "budget": {"cap": "$1"},
+        "objective": {"metric": "exact_match", "max_new_tokens": 4},
+    }
+    with pytest.raises(UnusableError, match="fits into max_new_tokens 4; the shortest has 5 tokens: raise"):
+        look(validate(values, "spec"), tmp_path / "study")
 
 
 def test_a_launch_plans_with_what_scoring_the_choices_takes(model_folder: Path, tmp_path: Path) -> None:

@@ -163,6 +163,26 @@ def test_a_trial_that_cannot_be_scored_fails_alone(
     assert np.isfinite(engine.score(1, engine.validation, [0])).all()
 
 
+def test_greedy_decoding_ends_at_every_end_token(model_folder: Path, data_folder: Path) -> None:
+    """At the ids that are given, the tokenizer's own and those of the folder's generation config, one or several."""
+    base = load_base(str(model_folder), "cpu")
+    prompts = prompts_of(load_split(data_folder, "validation"))
+    base.model.generation_config.eos_token_id = None
+    whole = greedy(base.model, base.tokenizer, prompts, NEW_TOKENS, 60)
+    first, second = whole[0][2], whole[1][1]
+    assert first != second and base.tokenizer.eos_token_id not in (first, second)
+
+    def until(*ends: int) -> list[list[int]]:
+        return [text[: min([text.index(end) for end in ends if end in text], default=len(text))] for text in whole]
+
+    assert greedy(base.model, base.tokenizer, prompts, NEW_TOKENS, 60, [first]) == until(first) != whole
+    assert greedy(base.model, base.tokenizer, prompts, NEW_TOKENS, 60, [first, second]) == until(first, second)
+    for own in (second, [second, base.tokenizer.eos_token_id]):
+        base.model.generation_config.eos_token_id = own
+        assert greedy(base.model, base.tokenizer, prompts, NEW_TOKENS, 60) == until(second)
+        assert greedy(base.model, base.tokenizer, prompts, NEW_TOKENS, 60, [first]) == until(first, second)
+
+
 def test_greedy_decoding_leaves_the_models_own_settings_out(model_folder: Path, data_folder: Path) -> None:
     """Temperature and a penalty on repetition, which model folders bring along, change nothing and are kept.
 

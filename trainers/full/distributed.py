@@ -291,10 +291,13 @@ class Ensemble:
         given = {"ids": part.ids.tolist(), "offsets": part.offsets.tolist(), "mask": part.mask.tolist()}
         return self._together("losses", lambda: self._replica.losses(part, range(part.rows)), **given)
 
-    def generate(self, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int, ends: Sequence[int]
+    ) -> list[list[int]]:
         """See Replica."""
-        given = {"prompts": [prompt.tolist() for prompt in prompts], "max_new_tokens": max_new_tokens}
-        return self._together("generate", lambda: self._replica.generate(prompts, max_new_tokens), **given)
+        listed = [prompt.tolist() for prompt in prompts]
+        given = {"prompts": listed, "max_new_tokens": max_new_tokens, "ends": list(ends)}
+        return self._together("generate", lambda: self._replica.generate(prompts, max_new_tokens, ends), **given)
 
     def gather(self, moments: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """See Replica."""
@@ -369,7 +372,7 @@ def _obey(replica: Replica, words: dict[str, Any]) -> None:
             replica.losses(split, range(split.rows))
         case "generate":
             prompts = [np.array(prompt, dtype=np.int32) for prompt in words["prompts"]]
-            replica.generate(prompts, words["max_new_tokens"])
+            replica.generate(prompts, words["max_new_tokens"], words["ends"])
         case "gather":
             replica.gather(words["moments"])
         case "close":

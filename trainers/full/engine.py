@@ -288,13 +288,15 @@ class FullEngine:
         self._check_finite(trial, "scores", float(found.sum()))
         return found
 
-    def generate(self, trial: int | None, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuations of prompts (token ids), each up to the end-of-sequence token, which is left out.
+    def generate(
+        self, trial: int | None, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int, ends: Sequence[int] = ()
+    ) -> list[list[int]]:
+        """Greedy continuations of prompts (token ids), each up to an end token, which is left out: see Engine.
 
         Raises TrialFailed as `evaluate` does.
         """
         with self._judging(trial) as replica:
-            return self._attempt(trial, "generation", lambda: replica.generate(prompts, max_new_tokens))
+            return self._attempt(trial, "generation", lambda: replica.generate(prompts, max_new_tokens, ends))
 
     @contextmanager
     def _judging(self, trial: int | None) -> Iterator[Replica | Ensemble]:

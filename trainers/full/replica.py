@@ -261,13 +261,16 @@ class Replica:
         sums = torch.zeros(len(rows), dtype=torch.float64, device=found.device)
         return sums.index_add_(0, owners, found[: len(owners)].double())  # what follows is padding
 
-    def generate(self, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int, ends: Sequence[int]
+    ) -> list[list[int]]:
         """Greedy continuations. Every process makes all of them: what they run through together is the model.
 
         Layers run as they are: compiled ones would be compiled once a layer, since a cache knows which one it is.
         """
         with torch.compiler.set_stance("force_eager"):
-            return generation.greedy(self.base.model, self.base.tokenizer, prompts, max_new_tokens, self.micro_tokens)
+            model, tokenizer = self.base.model, self.base.tokenizer
+            return generation.greedy(model, tokenizer, prompts, max_new_tokens, self.micro_tokens, ends)
 
     # --- between trials ---------------------------------------------------------------------------------------------
 

@@ -363,8 +363,10 @@ class LoraEngine:
         """
         return self._judge(trial, "scoring", lambda live: self._score(live, split, rows), lambda found: found.sum())
 
-    def generate(self, trial: int | None, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuations of prompts (token ids), each up to the end-of-sequence token, which is left out.
+    def generate(
+        self, trial: int | None, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int, ends: Sequence[int] = ()
+    ) -> list[list[int]]:
+        """Greedy continuations of prompts (token ids), each up to an end token, which is left out: see Engine.
 
         By the model as transformers has it, with the trial's adapter added behind its linear layers. Raises TrialFailed
         as `evaluate` does.
@@ -372,7 +374,7 @@ class LoraEngine:
 
         def run(live: Live | None) -> list[list[int]]:
             with adapted(live.slot) if live is not None else nullcontext():
-                return greedy(self.base.model, self.base.tokenizer, prompts, max_new_tokens, self.micro_tokens)
+                return greedy(self.base.model, self.base.tokenizer, prompts, max_new_tokens, self.micro_tokens, ends)
 
         return self._judge(trial, "generation", run, lambda _: 0.0)
 
