@@ -20,7 +20,8 @@ from typing import Any
 
 from budgets.forecast import NOTHING, Seconds
 from budgets.money import affordable_ms, cost_micros, usd
-from sweep import endgame, finale, rungs, seats, slices, space, turns
+from sweep import doubts, endgame, finale, rungs, seats, slices, space, turns
+from sweep.doubts import Shortfall
 from sweep.endgame import Candidate, SecondsOf
 from sweep.pricing import Quote
 from sweep.projection import Plan, Projector, plan, untaught
@@ -33,7 +34,6 @@ from trainers.messages import TrialConfig
 METHODS: tuple[Method, ...] = ("lora", "full")
 CONFIGS = 16  # that are drawn from the space to find what a trial costs on average
 MARGIN = 1.2  # of the upper end of a run's forecast over its mean when the race begins: the machine is known by then
-FEW_ROWS = 30  # for validation: fewer, and a configuration wins by which rows were drawn
 FACTORS = (0.5, 2.0)  # of the cap, whose plans are compared with this one's
 
 
@@ -79,14 +79,6 @@ class Confirmation:
     wanted_seeds: int
     needed: int  # micro-dollars in reserve that confirm the best of each method over all seeds, and pay for the finale
     needed_all: int  # the same for all wanted configurations
-
-
-@dataclass(frozen=True)
-class Shortfall:
-    """Something that money or data do not reach for, and what would make it fit; the sentences of a warning."""
-
-    what: str
-    remedy: str
 
 
 @dataclass(frozen=True)
@@ -217,7 +209,7 @@ def outline(
         confirmation=confirmation,
         shortfalls=[
             *_shortfalls(spec, searched, search, confirmation, forecasts.price(last.mean)),
-            *_few_rows(study.facts["data"]["splits"]["validation"]["rows"]),
+            *doubts.of_data(spec, study.facts["data"]),
         ],
         others=[_other(one, spec.budget.cap) for one in others],
         probe_seconds=None if probed is None else probed.seconds,
@@ -248,14 +240,6 @@ def _shortfalls(
         what += f", the reserve is {usd(spec.budget.reserve)}: with what the search leaves, {reached} confirmed"
         found.append(Shortfall(what, _more(spec, confirmed.needed, spec.budget.cap)))
     return found
-
-
-def _few_rows(rows: int) -> list[Shortfall]:
-    """Where so few validation rows choose that they choose by chance."""
-    if rows >= FEW_ROWS:
-        return []
-    what = f"{rows} validation row{'s' if rows > 1 else ''} can hardly tell configurations apart"
-    return [Shortfall(what, f"set more apart with data.validation, {FEW_ROWS} or more")]
 
 
 def _words(configurations: int, seeds: int) -> str:

@@ -53,8 +53,14 @@ def forget_state(connection: Connection, name: str, trial: TrialRow) -> Path | N
 
 
 def change(store: Store, name: str, trial: TrialRow, state: str, reason: str, **values: int) -> None:
-    """Moves a trial into another state and notes why, with its loss; `values` are more columns of its row."""
-    loss = f", loss {trial.loss:.4f}" if trial.loss is not None else ""
+    """Moves a trial into another state and notes why, with its loss; `values` are more columns of its row.
+
+    At its end that is the loss over all validation rows, with the metric where there is one, as other views show it.
+    """
+    known = trial.loss if trial.full_loss is None else trial.full_loss
+    loss = f", loss {known:.4f}" if known is not None else ""
+    if trial.metric is not None:
+        loss += f", metric {trial.metric:.4f}"
     words = reason if reason.startswith("promoted") else f"{state}: {reason}"
     with store.write() as connection:
         records.set_trial(connection, name, trial.number, state=state, reason=reason, **values)

@@ -58,6 +58,9 @@ def show_trials(console: Console, study: str, trials: list[dict[str, Any]], limi
         Column("cost", amounts([t["cost"]["micros"] for t in shown]), right=True),
         Column("curve", [scale.draw(t["curve"], signs) for t in shown], optional=True),
     ]
+    if any(t["metric"] is not None for t in shown):
+        measured = ["-" if t["metric"] is None else figure(t["metric"]) for t in shown]
+        columns.insert(5, Column("metric", measured, right=True))
     if console.width >= WIDE:
         columns.append(Column("reason", [t["reason"] for t in shown], least=20, optional=True))
     console.print(fit(columns, console.width, signs))
@@ -85,6 +88,8 @@ def show_best(console: Console, best: dict[str, Any], next_command: str) -> None
         say(console, f"study {best['study']}: the best is trial {trial['number']}, {confirmed}", "bold")
     base, gain = best["base_loss"], best["gain"]
     rows = [] if confirmation is None else _tested(confirmation, best["metric"])
+    if confirmation is None and trial["metric"] is not None:
+        rows.append(("metric", f"{best['metric']} {_measured(trial)}, over all validation rows"))
     rows.append(("loss", f"{figure(best['loss'])} over {best['rows']}"))
     if base is not None and gain is not None:
         words = f"{percent(gain)} below" if gain >= 0 else f"{percent(-gain)} ABOVE"
@@ -147,8 +152,7 @@ def show_trial(console: Console, trial: dict[str, Any]) -> None:
     else:
         rows.append(("loss", "none: not evaluated yet, or diverged"))
     if trial["metric"] is not None:
-        error = "" if trial["metric_error"] is None else f", standard error {figure(trial['metric_error'])}"
-        rows.append(("metric", f"{figure(trial['metric'])}{error}"))
+        rows.append(("metric", _measured(trial)))
     if trial["train_loss"] is not None:
         rows.append(("train loss", figure(trial["train_loss"])))
     rows.append(("cost", usd(trial["cost"]["micros"])))
@@ -167,6 +171,12 @@ def show_trial(console: Console, trial: dict[str, Any]) -> None:
             columns.append(Column("over all rows", full, right=True))
         console.print(Padding(fit(columns, console.width - 2, glyphs(console)), (0, 0, 0, 2)))
     _folder(console, trial)
+
+
+def _measured(trial: dict[str, Any]) -> str:
+    """The metric at a trial's end."""
+    error = "" if trial["metric_error"] is None else f", standard error {figure(trial['metric_error'])}"
+    return f"{figure(trial['metric'])}{error}"
 
 
 def _parameters(trial: dict[str, Any]) -> list[tuple[str, str]]:
@@ -212,7 +222,17 @@ def seen(facts: Mapping[str, Any]) -> list[str]:
     splits = facts["data"]["splits"]
     lines = [f"model: {facts['parameters']:,} parameters, on {facts['device']}"]
     lines += [f"{name}: {split['rows']:,} rows, {split['tokens']:,} tokens" for name, split in splits.items()]
+    lines += _left_out(facts["data"])
     return [*lines, f"the check took {duration(facts['seconds'])}"]
+
+
+def _left_out(data: Mapping[str, Any]) -> list[str]:
+    """A line on the rows that are not trained on as they stand; none where all are, or an older study did not count."""
+    dropped, long = data.get("dropped", {}), data.get("truncated", 0)
+    cut, twice = dropped.get("cut", 0), dropped.get("duplicates", 0)
+    parts = [(twice, "left out as duplicates"), (cut, "left out as too long"), (long - cut, "cut at data.max_tokens")]
+    said = ", ".join(f"{count:,} {what}" for count, what in parts if count)
+    return [f"rows read: {data['rows_read']:,}, {said}"] if said and "rows_read" in data else []
 
 
 def show_statement(console: Console, statement: dict[str, Any], *, everything: bool = False) -> None:

@@ -23,3 +23,9 @@ def test_the_objective_reaches_the_worker(tmp_path: Path) -> None:
     for event in judged:
         assert (event.metric is not None) == (event.metric_error is not None) == event.final
         assert event.scores == {}
+    best = max((event for event in judged if event.metric is not None), key=lambda event: event.metric or 0)
+    shown = sweep("best", "words", cwd=tmp_path).stdout
+    assert f"exact_match {best.metric:.4f}, standard error" in shown
+    assert f"{best.metric:.4f}" in sweep("trials", "words", cwd=tmp_path).stdout
+    (ended,) = [line for line in read(tmp_path)["log"] if f"trial {best.trial} completed" in line]
+    assert f"loss {best.full_loss:.4f}, metric {best.metric:.4f}" in ended
