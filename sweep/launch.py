@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def look_at_model(spec: Spec) -> dict[str, Any]:
 
 
 def _answer(request: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "trainers.check", str(request)]
+    command = [sys.executable, "-P", "-m", "trainers.check", str(request)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=CHECK_SECONDS, check=False, env=inherited()
@@ -261,6 +261,17 @@ def refuse_optimizer(spec: Spec) -> None:
         raise UnusableError(
             "full.optimizer adamw-8bit: neither bitsandbytes nor torchao is installed",
             "pip install bitsandbytes, or write full: {optimizer: adamw}",
+        )
+
+
+def refuse_device(spec: Spec, facts: Mapping[str, Any]) -> None:
+    """Raises UnusableError where the spec's device is a GPU that this machine does not have. A worker is paid for."""
+    kind, _, index = spec.machine.device.partition(":")
+    gpus = facts.get("gpus", 0)
+    if kind == "cuda" and facts["device"] != "replay" and int(index or 0) >= gpus:
+        raise UnusableError(
+            f"machine.device {spec.machine.device}: this machine has {gpus} usable GPUs",
+            "write auto or cpu, or launch where that GPU is",
         )
 
 

@@ -28,7 +28,7 @@ from sweep.rungs import Results
 from sweep.store import Store
 from sweep.study import Memory
 from sweep.triage import Funds
-from sweep.workers import Workers
+from sweep.workers import Workers, hopeless
 from trainers.messages import BaseEvaluated, Checkpointed, Evaluated, Event, Method, Paused, Ready, Release, Slice, Stop
 
 POLL_SECONDS = 0.02
@@ -203,11 +203,12 @@ class Sweep:
             self._stopping = True
         self._deaths = self._deaths + 1 if kept == self._kept_before else 1
         self._kept_before = kept
-        if not self._stopping and not worker.final and self._deaths >= MAX_DEATHS:
-            raise WorkerError(
-                f"the worker died {self._deaths} times and nothing that it trained was kept ({worker.why or 'killed'})",
-                f"see {folder / 'worker.log'}, then: sweep resume {self.name}",
-            )
+        if self._stopping or not (hopeless(worker) or (not worker.final and self._deaths >= MAX_DEATHS)):
+            return
+        words = f"the worker died {self._deaths} times and nothing that it trained was kept ({worker.why or 'killed'})"
+        if hopeless(worker):
+            words = f"the worker could not start: {worker.why.removeprefix('error: ')}"
+        raise WorkerError(words, f"see {folder / 'worker.log'}, then: sweep resume {self.name}")
 
     def _let_go(self, *, stop: bool) -> None:
         """Releases the watchdog of the worker that ended, which waits to hear whether the machine is still needed."""

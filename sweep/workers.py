@@ -39,6 +39,11 @@ HEARTBEAT_MS = 1_000  # between two records of the watchdog
 DYING_MS = 250  # a worker outlives its watchdog by less: the kernel ends it (76 ms was the worst of 25)
 
 
+def hopeless(worker: WorkerRow) -> bool:
+    """Whether a worker that ended could not use model or data, which no other one on this machine could either."""
+    return worker.load_ms is None and worker.why.startswith(("error: ModelError: ", "error: DataError: "))
+
+
 class Workers:
     """Starts, pays for and buries the workers of one study."""
 

@@ -122,6 +122,10 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
         choices=request.get("choices"),
         max_new_tokens=request.get("max_new_tokens"),
     )
+    longest = max(split["longest"] for split in data["splits"].values())
+    positions = getattr(text, "max_position_embeddings", None) or longest
+    if longest > positions:
+        raise DataError(f"a row has {longest} tokens, {folder.name} positions for {positions}: lower data.max_tokens")
     return {
         "parameters": model.num_parameters(),
         "linear_shapes": models.linear_shapes(model),

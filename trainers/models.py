@@ -210,7 +210,6 @@ def load_base(model: str, device: str) -> Base:
                 parameter.data = parameter.data.to(dtype)
     loaded.requires_grad_(False)
     loaded.eval()
-    loaded.config.use_cache = False
     name = str(folder) if Path(model).expanduser().is_dir() else model
     loaded.name_or_path = name  # what an adapter's configuration will name as its base
     return Base(name, loaded, tokenizer, loaded.get_decoder(), head_of(loaded), where)

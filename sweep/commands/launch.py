@@ -67,6 +67,7 @@ def command(
             wanted, facts = settle(wanted, facts, price)
             show_plan(Console(stderr=True), planned.as_json(), price.note, facts, wanted.machine.stop_command)
             launch.refuse_optimizer(wanted)
+            launch.refuse_device(wanted, facts)
             if not anyway:
                 launch.refuse_nothing(planned, warm_start.speed_from(facts))
             if not yes and not click.confirm("Launch?", err=True):

@@ -83,6 +83,21 @@ def test_bad_input_is_one_line_and_exit_code_7(model_folder: Path, tmp_path: Pat
         assert answer["hint"]
 
 
+def test_rows_beyond_the_model_s_positions_are_refused(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    """Proves that a worker does not find out, which is paid: some models look positions up in a table that ends."""
+    short = shutil.copytree(model_folder, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    with pytest.raises(DataError, match=r"^a row has \d+ tokens, short positions for 8: lower data\.max_tokens$"):
+        check.check(request(short, rows_file, tmp_path / "out"))
+
+
+def test_a_full_parameter_winner_s_configuration_is_its_model_s_own(model_folder: Path) -> None:
+    """Proves that training leaves no setting of its own in what is handed over: generation keeps its cache."""
+    own = json.loads((model_folder / "config.json").read_text())
+    assert models.load_base(str(model_folder), "cpu").model.config.use_cache is own.get("use_cache", True) is True
+
+
 def test_full_disk_is_exit_code_8(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     """A write that the system refuses is a matter of the disk, not of the data, and leaves no half-written file."""
     done = ask(tmp_path, request(model_folder, rows_file, tmp_path / "out"), limit="ulimit -f 1;")

@@ -57,7 +57,7 @@ def compiling(job: WorkerJob) -> Iterator[list[subprocess.Popen[bytes]]]:
     started = []
     for share in range(count):
         request = json.dumps(wanted | {"share": [share, count]})
-        command = [sys.executable, "-m", "trainers.lora.precompile", job.model, request]
+        command = [sys.executable, "-P", "-m", "trainers.lora.precompile", job.model, request]
         started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, env=environment))
     try:
         yield started
