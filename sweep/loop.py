@@ -147,7 +147,7 @@ class Sweep:
         if worker is None:
             return False
         folder = Path(worker.folder)
-        alive = self.launcher.alive(folder)
+        alive = self.workers.alive(worker)
         record = self.launcher.read_usage(folder)
         # The last record is written after the last event, so events read from here on are all there will be.
         over = (record is not None and record.ended) or not alive
@@ -195,7 +195,7 @@ class Sweep:
         lost_disk = worker.why.startswith("disk")
         with self.store.read() as connection:
             kept = records.kept(connection, self.name)
-        self.workers.bury(worker, observed=True)
+        self.workers.bury(worker)
         self.instructor.forget()
         self._unreleased = folder
         if lost_disk:

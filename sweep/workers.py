@@ -37,6 +37,7 @@ SILENCE_MS, LONG_SILENCE_MS = 15_000, 120_000
 DEATH_SECONDS = 30.0  # how long a fenced worker may take to die before it is killed by hand
 HEARTBEAT_MS = 1_000  # between two records of the watchdog
 DYING_MS = 250  # a worker outlives its watchdog by less: the kernel ends it (76 ms was the worst of 25)
+LOOK_MS = 1_000  # a death that is found so soon after the last sign of life was seen as it happened
 
 
 class Workers:
@@ -49,6 +50,7 @@ class Workers:
         self.projector = projector
         self._paid_until: int | None = None  # the machine's clock up to which this run's last worker was charged
         self._rounded_ms = 0  # of it, what lies beyond the worker's end
+        self._seen_ms: int | None = None  # the machine's clock when the worker was last seen alive
 
     def lengths(self, gap_ms: int = 0) -> Lengths:
         """The lengths of paid time, from the forecasts as they stand; a slice outlasts three times the gap."""
@@ -129,10 +131,11 @@ class Workers:
         try:
             self.launcher.start(self._job(worker, lengths), folder)
         except LaunchError as error:
+            self._seen_ms = self.launcher.boot()[1]  # whatever came to life did so while we waited for it
             if not self.launcher.fence_off(folder):
                 self.launcher.stop(folder)  # it came to life after all, too late
             self.see_dead(worker)
-            self.bury(self.drain(worker), observed=True)
+            self.bury(self.drain(worker))
             raise WorkerError(str(error), f"see {folder / 'watchdog.log'}") from error
         with self.store.write() as connection:
             records.set_worker(connection, identifier, state="started")
@@ -217,13 +220,22 @@ class Workers:
         tariff = worker.tariff.changed(min(max(said, worker.settled_ms), now), price.now, price.ceiling)
         slices.change_price(connection, self.study, worker, tariff, now, lengths)
 
-    def bury(self, worker: WorkerRow, *, observed: bool) -> None:
+    def alive(self, worker: WorkerRow) -> bool:
+        """Whether a worker's watchdog lives; when it was last seen to is remembered, for `bury`."""
+        looked_ms = self.launcher.boot()[1]  # before the look: we may be stopped in between
+        if alive := self.launcher.alive(Path(worker.folder)):
+            self._seen_ms = looked_ms
+        return alive
+
+    def bury(self, worker: WorkerRow) -> None:
         """Settles a worker that is dead and gives its trials back to the queue.
 
-        Charged is what the watchdog recorded. Without its last record: up to now if the death was observed just now,
-        else up to the last heartbeat and the time that may have passed since, and without any record the whole hold.
-        A worker that provably never started costs nothing.
+        Charged is what the watchdog recorded. Without its last record: up to now if the worker was seen alive just
+        before, else up to the last heartbeat and the time that may have passed since, and without any record the whole
+        hold. A worker that provably never started costs nothing.
         """
+        seen_ms, self._seen_ms = self._seen_on_meter(worker), None
+        observed = seen_ms is not None and self.now_ms(worker) - seen_ms <= LOOK_MS
         record = self.launcher.read_usage(Path(worker.folder))
         with self.store.write() as connection:
             rest = self._rest(connection, worker)
@@ -235,7 +247,7 @@ class Workers:
                 slices.expire(connection, self.study, worker, rest, how)
                 self._charged_until(connection, worker, ended_ms, ended_ms)
             else:
-                ended_ms, how = self._end(worker, record, observed)
+                ended_ms, how = self._end(worker, record, seen_ms, observed)
                 billed_ms = slices.settle_end(connection, self.study, worker, ended_ms, rest, how)
                 self._charged_until(connection, worker, ended_ms, billed_ms)
             self._lose_trials(connection, worker)
@@ -261,14 +273,24 @@ class Workers:
         self._rounded_ms = billed_ms - ended_ms
         records.set_study(connection, self.study.name, last_boot_ms=self._paid_until, boot_id=worker.boot_id)
 
-    def _end(self, worker: WorkerRow, record: UsageRecord | None, observed: bool) -> tuple[int, str]:
+    def _seen_on_meter(self, worker: WorkerRow) -> int | None:
+        """The worker's meter when it was last seen alive; None if nobody looked."""
+        if self.study.timings is not None:
+            return None if self._seen_ms is None else worker.at_ms
+        return None if self._seen_ms is None else self._seen_ms - worker.origin_boot_ms
+
+    def _end(
+        self, worker: WorkerRow, record: UsageRecord | None, seen_ms: int | None, observed: bool
+    ) -> tuple[int, str]:
         """When a dead worker ended on its meter, as far as is known, and how."""
         if record is not None and record.ended:
             return max(record.ms, worker.at_ms), record.why
         if record is None or observed:
             return self.now_ms(worker), "lost its watchdog"
         margin = 0 if self.study.timings else HEARTBEAT_MS + DYING_MS
-        ended_ms = min(max(record.ms + margin, worker.at_ms), max(worker.paid_ms, worker.at_ms))
+        # We may have been stopped since we looked: what it can have lived beyond that the heartbeats say.
+        known_ms = max(worker.at_ms, seen_ms or 0)
+        ended_ms = max(min(record.ms + margin, worker.paid_ms), known_ms)
         return ended_ms, "no record of its end: charged up to a heartbeat after its last one"
 
     def recover(self) -> None:
@@ -276,7 +298,7 @@ class Workers:
         with self.store.read() as connection:
             living = records.workers(connection, self.study.name, living=True)
         for worker in living:
-            folder = Path(worker.folder)
+            folder, self._seen_ms = Path(worker.folder), None
             if not self.launcher.fence_off(folder):
                 with self.store.write() as connection:
                     if worker.state == "intended":
@@ -284,7 +306,7 @@ class Workers:
                     records.note(connection, self.study.name, "reattach", f"worker {worker.ordinal} lives; reattached")
                 continue
             self.see_dead(worker)
-            self.bury(self.drain(worker), observed=False)
+            self.bury(self.drain(worker))
         with self.store.read() as connection:
             self.study = records.own_study(connection, self.study.name, self.study.fence)
             alone = not records.workers(connection, self.study.name, living=True)
@@ -297,10 +319,13 @@ class Workers:
     def see_dead(self, worker: WorkerRow) -> None:
         """Waits until a worker whose watchdog is gone is dead too: never two at once. Raises WorkerError."""
         folder = Path(worker.folder)
+        lived = self.launcher.worker_alive(folder)
         self.launcher.wait_dead(folder, DEATH_SECONDS)
         self.launcher.stop(folder)
         if not self.launcher.wait_dead(folder, DEATH_SECONDS):
             raise WorkerError(f"worker {worker.ordinal} does not die", f"see {folder / 'watchdog.json'}")
+        if lived:  # it outlived its watchdog and died while we looked
+            self._seen_ms = self.launcher.boot()[1]
 
     def drain(self, worker: WorkerRow) -> WorkerRow:
         """Applies every event that a dead worker left."""

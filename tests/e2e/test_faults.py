@@ -180,6 +180,24 @@ def test_a_watchdog_that_died_alone_is_charged_to_its_last_heartbeat(tmp_path: P
     assert died - 100 <= first.settled_ms <= died + 1_500 < first.paid_ms
 
 
+def test_a_death_that_nobody_saw_is_charged_to_its_last_heartbeat(tmp_path: Path) -> None:
+    """Proves that an orchestrator that was suspended while the watchdog died does not take its own waking for the end."""
+    spec = write_spec(tmp_path, cap="$0.5", sleep=0.001, trials=40)
+    process = underway(spec, "trial 0 starts", tmp_path)
+    time.sleep(1.5)
+    (worker,) = read(tmp_path)["workers"]
+    os.kill(process.pid, signal.SIGSTOP)
+    kill(pids(tmp_path)["watchdog"])
+    died = time.clock_gettime(time.CLOCK_BOOTTIME) * 1000 - worker.origin_boot_ms
+    time.sleep(5)
+    os.kill(process.pid, signal.SIGCONT)
+    wait_for(lambda: "worker 2 starts" in (tmp_path / "out.txt").read_text())
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    first = read(tmp_path)["workers"][0]
+    assert died - 100 <= first.settled_ms <= died + 1_500, first.why
+
+
 def test_what_expired_is_refunded_when_a_record_turns_up(tmp_path: Path) -> None:
     """Proves item 4 of the ledger: without any record the slice is charged in full, on evidence the rest returns."""
     spec = write_spec(tmp_path, cap="$0.5", sleep=0.001, trials=3)
