@@ -37,6 +37,7 @@ SILENCE_MS, LONG_SILENCE_MS = 15_000, 120_000
 DEATH_SECONDS = 30.0  # how long a fenced worker may take to die before it is killed by hand
 HEARTBEAT_MS = 1_000  # between two records of the watchdog
 DYING_MS = 250  # a worker outlives its watchdog by less: the kernel ends it (76 ms was the worst of 25)
+WAIT_MS = 5_000  # between two workers of one run; what is longer was a suspension, or a lock that somebody held
 LOOK_MS = 1_000  # a death that is found so soon after the last sign of life was seen as it happened
 
 
@@ -98,8 +99,10 @@ class Workers:
         Raises BudgetError, InvariantError, WorkerError.
         """
         lengths = self.lengths()
-        boot_id, now = self.launcher.boot()
+        if self._paid_until is not None and self.launcher.boot()[1] - self._paid_until > WAIT_MS:
+            self._skip_silence()
         with self.store.write() as connection:
+            boot_id, now = self.launcher.boot()  # not before: the database may have been locked for half a minute
             # Its price may have changed.
             self.study = records.own_study(connection, self.study.name, self.study.fence)
             origin, tariff = self._start(boot_id, now)
@@ -143,7 +146,8 @@ class Workers:
     def _start(self, boot_id: str, now: int) -> tuple[int, Tariff]:
         """Where a new worker's meter starts on the machine's clock, and what it is paid by.
 
-        The machine's time since this run's last worker is paid for by the next one. Where the last one, of this run or
+        The machine's time since this run's last worker is paid for by the next one, unless it is so long that the next
+        one's first slice, which is paid for a load, might be over before it starts. Where the last one, of this run or
         of one before, was charged beyond now, to a full quantum, the next one has so much time for nothing.
         """
         study, until = self.study, self._paid_until
@@ -151,7 +155,7 @@ class Workers:
             return now, study.tariff if until is None else study.tariff.following(self._rounded_ms)
         if until is None and study.boot_id == boot_id and study.last_boot_ms is not None and study.last_boot_ms > now:
             until = study.last_boot_ms
-        if until is None:
+        if until is None or now - until > WAIT_MS:
             return now, study.tariff
         return min(until, now), study.tariff.following(max(until - now, 0))
 
@@ -308,13 +312,17 @@ class Workers:
             self.see_dead(worker)
             self.bury(self.drain(worker))
         with self.store.read() as connection:
-            self.study = records.own_study(connection, self.study.name, self.study.fence)
             alone = not records.workers(connection, self.study.name, living=True)
-        # What the machine did since then is no worker's of this run.
-        self._paid_until = None
-        if alone:
-            self._charge_gap()
+        self._skip_silence(charge=alone)
         self._refund_on_evidence()
+
+    def _skip_silence(self, *, charge: bool = True) -> None:
+        """What the machine did since the last worker is no worker's of this run: we did not run, or were suspended."""
+        self._paid_until = None
+        with self.store.read() as connection:
+            self.study = records.own_study(connection, self.study.name, self.study.fence)
+        if charge:
+            self._charge_gap()
 
     def see_dead(self, worker: WorkerRow) -> None:
         """Waits until a worker whose watchdog is gone is dead too: never two at once. Raises WorkerError."""

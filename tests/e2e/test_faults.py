@@ -189,13 +189,47 @@ def test_a_death_that_nobody_saw_is_charged_to_its_last_heartbeat(tmp_path: Path
     os.kill(process.pid, signal.SIGSTOP)
     kill(pids(tmp_path)["watchdog"])
     died = time.clock_gettime(time.CLOCK_BOOTTIME) * 1000 - worker.origin_boot_ms
-    time.sleep(5)
+    time.sleep(8)
     os.kill(process.pid, signal.SIGCONT)
     wait_for(lambda: "worker 2 starts" in (tmp_path / "out.txt").read_text())
     process.send_signal(signal.SIGINT)
     process.wait(timeout=60)
-    first = read(tmp_path)["workers"][0]
+    first, second = read(tmp_path)["workers"]
     assert died - 100 <= first.settled_ms <= died + 1_500, first.why
+    assert second.origin_boot_ms > worker.origin_boot_ms + died + 4_000, "nor does the next one pay for the silence"
+
+
+def test_a_lock_that_is_waited_for_at_a_launch_is_not_paid_for(tmp_path: Path) -> None:
+    """Proves that a worker's meter starts when its hold is made: a backup that locks the database costs nothing.
+
+    The lock is taken just before the launch, and held until half of what the first slice pays for is over.
+    """
+    spec = write_spec(tmp_path, cap="$0.10", sleep=0.0001, trials=1)
+    hook = tmp_path / "hook.py"
+    hook.write_text(
+        """
+import sqlite3, sys, threading
+from sweep import workers
+from sweep.cli import main
+
+real, held = workers.Workers.lengths, []
+
+def lengths(self, gap_ms=0):
+    found = real(self, gap_ms)
+    if sys._getframe(1).f_code.co_name == "launch" and not held:
+        held.append(sqlite3.connect("studies.db", isolation_level=None, check_same_thread=False))
+        held[0].execute("BEGIN IMMEDIATE")
+        threading.Timer(8, held[0].execute, ["ROLLBACK"]).start()
+    return found
+
+workers.Workers.lengths = lengths
+main()
+"""
+    )
+    command = [sys.executable, str(hook), "launch", str(spec), "--yes"]
+    subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, check=True)
+    (worker,) = read(tmp_path)["workers"]
+    assert worker.load_ms is not None and worker.load_ms < 5_000
 
 
 def test_what_expired_is_refunded_when_a_record_turns_up(tmp_path: Path) -> None:
