@@ -218,6 +218,21 @@ def test_the_cap_settles_the_rungs_of_a_spec() -> None:
     assert banded.search.rungs == "hyperband" and len(facts["plan"]["rungs"]) == 3
 
 
+def test_a_rung_that_is_an_end_is_left_out() -> None:
+    """Proves that derived rungs lie before the last step of the largest batch; those that the spec names stay."""
+    splits = {"train": {"rows": 64, "tokens": 6_400}, "validation": {"rows": 200, "tokens": 20_000}}
+    for batch, expected in ((16, (0.1,)), (4, (0.1, 0.8)), (64, ())):
+        given = spec("$50", batch_size=[4, batch])
+        facts = {"parameters": 10**8, "device": "cpu", "cores": 2, "data": {"splits": splits}}
+        facts["plan"] = dataclasses.asdict(plan.lengths(given.search, splits))
+        stored, found = plan.settle(given, facts, Quote(Tariff.flat(1_000_000), "hour", ""))
+        assert len(stored.search.rungs) == len(found["plan"]["rungs"]) == len(expected)
+        assert stored.search.rungs == pytest.approx(expected, abs=0.1)
+        assert ("the end alone" in found["notes"][0]) == (not expected)
+    listed = spec("$50", batch_size=16, rungs=[0.1, 0.8])
+    assert plan.settle(listed, facts, Quote(Tariff.flat(1_000_000), "hour", ""))[0].search.rungs == (0.1, 0.8)
+
+
 def test_hyperband_cycles_through_brackets() -> None:
     """Proves brackets: trial 0 is cut at the first rung, 1 only from the second on, each among its own."""
     found = rungs.policy(SearchSpec(rungs="hyperband"), (0.1, 0.2, 0.4))
