@@ -9,7 +9,7 @@ from typing import Literal
 from sqlalchemy import Connection
 
 from budgets.ledger import Ledger
-from budgets.money import usd
+from budgets.money import cost_micros, usd
 from sweep import records, seats, slices, space
 from sweep.launchers.base import WATCHDOG_LOCK, locked
 from sweep.projection import Projector
@@ -77,7 +77,9 @@ def more_money(connection: Connection, study: Study, trials: Sequence[TrialRow],
     tail = slices.tail_ms(projector.tail(search.method, slots).mean) / 1000
     seconds = projector.load().mean + max(training, slices.MIN_SLICE_MS / 1000) + tail
     balances = Ledger(connection, study.name).balances()
-    needed = balances.spent + roomy(round(seconds * study.micros_per_hour / 3600)) + balances.reserve
+    # No machine can be had for a part of the provider's quantum, nor for less than its least charge.
+    billed_ms = study.tariff.billed_ms(round(SPARE * 1000 * seconds))
+    needed = balances.spent + round_up(cost_micros(study.micros_per_hour, billed_ms)) + balances.reserve
     cap = round_up(max(needed, balances.cap + 1))
     return f"sweep resume {study.name} --cap '{usd(cap)}' should bring one there"
 

@@ -91,7 +91,8 @@ class Workers:
         with self.store.read() as connection:
             balances = Ledger(connection, self.study.name).balances()
         now, load = self.now_ms(worker) if worker else 0, self.projector.load().mean
-        return triage.funds(balances, self.study.micros_per_hour, worker, now, load)
+        following = self._start(*self.launcher.boot())[1] if worker is None else None
+        return triage.funds(balances, self.study.micros_per_hour, worker, now, load, following)
 
     def launch(self, before_start: Callable[[], None]) -> None:
         """Pays for a worker and starts it; `before_start` is called in between.

@@ -22,6 +22,8 @@ from trainers.messages import TrialConfig
 
 PLAN = Plan(examples=100, run_tokens=10_000, rungs=(1_000, 2_500), rung_rows=16, rung_tokens=300, validation_tokens=900)
 
+RATE = Tariff.flat(3_600_000)  # a millisecond is a micro-dollar
+
 
 def trial(number: int, **values: object) -> TrialRow:
     """A trial's row."""
@@ -154,6 +156,28 @@ def test_a_load_that_is_held_is_not_counted_twice() -> None:
     assert (short.prepaid_ms, short.overhead) == (0, 40_000), "what the hold does not cover is still to be paid"
     ready = triage.funds(balances, 3_600_000, loading(600_000, "ready"), now_ms=40_000, load_seconds=100.0)
     assert (ready.prepaid_ms, ready.overhead) == (560_000, 0)
+
+
+def test_what_buys_no_whole_quantum_is_not_counted_on() -> None:
+    """Proves that money is counted as the provider sells time: of 115 s worth of it a machine runs for 60.
+
+    The rest was promised to trials, none of which came to its end. A second quantum is counted when it can be had.
+    """
+    minutes = dataclasses.replace(Tariff.flat(3_600_000), quantum_ms=60_000, minimum_ms=60_000)
+
+    def left(cap: int, worker: WorkerRow | None, spent: int = 0, held: int = 0, reserve: int = 0) -> int:
+        balances = Balances(cap, spent, held, cap - spent - held, 0, reserve, False, {})
+        following = minutes.following(1_500) if spent else minutes
+        return triage.funds(balances, 3_600_000, worker, 10_000, 2.0, following).left_now
+
+    assert left(115_000, None) == 60_000 and left(120_000, None) == 120_000 and left(59_999, None) == 0
+    assert left(175_000, None, reserve=60_000) == 60_000, "what is set apart is not the search's"
+    assert left(178_499, None, spent=60_000) == 60_000, "after a worker it is quanta again"
+    running = dataclasses.replace(loading(60_000, "ready"), tariff=minutes)
+    assert left(115_000, running, held=60_000) == 60_000 - 10_000
+    assert left(120_000, running, held=60_000) == 120_000 - 10_000
+    by_the_ms = triage.funds(Balances(115_000, 0, 0, 115_000, 0, 0, False, {}), 3_600_000, None, 0, 2.0, RATE)
+    assert by_the_ms.left_now == 115_000
 
 
 def test_promise_orders_across_rungs() -> None:
