@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 
 from budgets.ledger import Ledger
 from budgets.money import cost_micros, usd
-from sweep import records, seats, slices, space
+from sweep import feasibility, records, seats, slices, space
 from sweep.launchers.base import WATCHDOG_LOCK, locked
 from sweep.projection import Projector
 from sweep.records import Study, TrialRow, WorkerRow
@@ -18,6 +18,7 @@ from sweep.store import ORCHESTRATOR_LOCK
 
 Kind = Literal["running", "unattended", "broken off", "stopped", "out of money", "over", "closed"]
 
+REASON_CHARACTERS = 160  # of a trial's reason, which may be a user's own error
 SPARE = 1.3  # times what an end is forecast to take: a cap that is just enough is often not
 
 
@@ -51,7 +52,8 @@ def words(found: Kind, connection: Connection, study: Study, trials: Sequence[Tr
         case "stopped":
             return f"checkpointed and settled; next: {resume}"
         case "out of money":
-            return f"no trial came to its end; {more_money(connection, study, trials, projector)}"
+            advice = beyond_money(study, trials) or more_money(connection, study, trials, projector)
+            return f"no trial came to its end; {advice}"
         case "over":
             return f"next: sweep best {study.name}"
         case _:
@@ -64,6 +66,27 @@ def _held(path: Path) -> bool | None:
         return locked(path) if path.parent.is_dir() else None
     except OSError:
         return None
+
+
+def beyond_money(study: Study, trials: Sequence[TrialRow]) -> str | None:
+    """Why no cap would bring a trial to its end, and which key of the spec to change; None where money would.
+
+    A stored study keeps its spec, so the way on is another study.
+    """
+    searched = records.searched(trials)
+    if not searched or any(trial.state not in records.ENDED for trial in searched):
+        return None
+    begun = [trial for trial in searched if trial.tokens or feasibility.lost(trial)]
+    last = max(begun or searched, key=lambda trial: trial.number)
+    why = f"the last one {last.reason.splitlines()[0][:REASON_CHARACTERS]}" if last.reason else "see sweep status"
+    if begun and all(map(feasibility.lost, begun)):
+        memory = last.reason.startswith(feasibility.REASON)
+        key = "search.learning_rate" if last.diverged else "search.batch_size" if memory else "what failed"
+        return f"all {len(begun)} that began diverged or failed ({why}): change {key} and launch another study"
+    if study.spec.search.trials is not None and len(searched) >= study.spec.search.trials:
+        used = f"all {len(searched)} of search.trials ended before that ({why})"
+        return f"{used}: raise search.trials and launch another study"
+    return None
 
 
 def more_money(connection: Connection, study: Study, trials: Sequence[TrialRow], projector: Projector) -> str:

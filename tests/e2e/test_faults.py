@@ -181,7 +181,7 @@ def test_a_watchdog_that_died_alone_is_charged_to_its_last_heartbeat(tmp_path: P
 
 
 def test_a_death_that_nobody_saw_is_charged_to_its_last_heartbeat(tmp_path: Path) -> None:
-    """Proves that an orchestrator that was suspended while the watchdog died does not take its own waking for the end."""
+    """Proves that an orchestrator that was suspended while the watchdog died does not take its waking for the end."""
     spec = write_spec(tmp_path, cap="$0.5", sleep=0.001, trials=40)
     process = underway(spec, "trial 0 starts", tmp_path)
     time.sleep(1.5)
