@@ -72,7 +72,7 @@ def funds(
 
 
 def _odd(tariff: Tariff, from_ms: int, available: int) -> int:
-    """What of the money that can be held from a moment of a worker's meter on buys no whole quantum, in micro-dollars."""
+    """What of the money that can be held from a moment of a worker's meter on buys no quantum, in micro-dollars."""
     if tariff.quantum_ms == 1 and not tariff.minimum_ms:
         return 0
     # At the price that is charged: what a spot machine's holds take beyond it comes back.

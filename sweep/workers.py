@@ -239,20 +239,18 @@ class Workers:
         before, else up to the last heartbeat and the time that may have passed since, and without any record the whole
         hold. A worker that provably never started costs nothing.
         """
-        seen_ms, self._seen_ms = self._seen_on_meter(worker), None
-        observed = seen_ms is not None and self.now_ms(worker) - seen_ms <= LOOK_MS
         record = self.launcher.read_usage(Path(worker.folder))
         with self.store.write() as connection:
             rest = self._rest(connection, worker)
             if record is None and self._never_started(worker):
                 Ledger(connection, self.study.name).void(worker.hold, fence=self.study.fence)
                 ended_ms, how = 0, "never started"
-            elif record is None and not observed:
+            elif record is None and not self._observed(worker):
                 ended_ms, how = worker.paid_ms, "no record of its end: its slice is charged in full"
                 slices.expire(connection, self.study, worker, rest, how)
                 self._charged_until(connection, worker, ended_ms, ended_ms)
             else:
-                ended_ms, how = self._end(worker, record, seen_ms, observed)
+                ended_ms, how = self._end(worker, record)
                 billed_ms = slices.settle_end(connection, self.study, worker, ended_ms, rest, how)
                 self._charged_until(connection, worker, ended_ms, billed_ms)
             self._lose_trials(connection, worker)
@@ -262,6 +260,7 @@ class Workers:
             cost = usd(Ledger(connection, self.study.name).balances().spent)
             text = f"worker {worker.ordinal} ended after {ended_ms / 1000:.1f} s ({how}); spent {cost}"
             records.note(connection, self.study.name, "ended", text)
+        self._seen_ms = None
         self._remember()
 
     def _never_started(self, worker: WorkerRow) -> bool:
@@ -284,17 +283,20 @@ class Workers:
             return None if self._seen_ms is None else worker.at_ms
         return None if self._seen_ms is None else self._seen_ms - worker.origin_boot_ms
 
-    def _end(
-        self, worker: WorkerRow, record: UsageRecord | None, seen_ms: int | None, observed: bool
-    ) -> tuple[int, str]:
+    def _observed(self, worker: WorkerRow) -> bool:
+        """Whether a worker's death was seen just as it happened."""
+        seen_ms = self._seen_on_meter(worker)
+        return seen_ms is not None and self.now_ms(worker) - seen_ms <= LOOK_MS
+
+    def _end(self, worker: WorkerRow, record: UsageRecord | None) -> tuple[int, str]:
         """When a dead worker ended on its meter, as far as is known, and how."""
         if record is not None and record.ended:
             return max(record.ms, worker.at_ms), record.why
-        if record is None or observed:
+        if record is None or self._observed(worker):
             return self.now_ms(worker), "lost its watchdog"
         margin = 0 if self.study.timings else HEARTBEAT_MS + DYING_MS
         # We may have been stopped since we looked: what it can have lived beyond that the heartbeats say.
-        known_ms = max(worker.at_ms, seen_ms or 0)
+        known_ms = max(worker.at_ms, self._seen_on_meter(worker) or 0)
         ended_ms = max(min(record.ms + margin, worker.paid_ms), known_ms)
         return ended_ms, "no record of its end: charged up to a heartbeat after its last one"
 
@@ -311,7 +313,7 @@ class Workers:
                     records.note(connection, self.study.name, "reattach", f"worker {worker.ordinal} lives; reattached")
                 continue
             self.see_dead(worker)
-            self.bury(self.drain(worker))
+            self.bury(self._follow_past_prices(self.drain(worker)))
         with self.store.read() as connection:
             alone = not records.workers(connection, self.study.name, living=True)
         self._skip_silence(charge=alone)
@@ -324,6 +326,25 @@ class Workers:
             self.study = records.own_study(connection, self.study.name, self.study.fence)
         if charge:
             self._charge_gap()
+
+    def _follow_past_prices(self, worker: WorkerRow) -> WorkerRow:
+        """Puts a dead worker under the prices that were said while it lived and nobody drove it; returns its row.
+
+        Those that were said on its own machine's boot alone: another clock does not date them.
+        """
+        if self.study.timings is not None:
+            return worker
+        record = self.launcher.read_usage(Path(worker.folder))
+        ended_ms = worker.paid_ms if record is None else self._end(worker, record)[0]
+        lengths = self.lengths()
+        with self.store.write() as connection:
+            for micros, ceiling, boot_id, boot_ms in pricing.history(connection, self.study.name):
+                said_ms = boot_ms - worker.origin_boot_ms
+                if boot_id == worker.boot_id and worker.settled_ms <= said_ms < ended_ms:
+                    tariff = worker.tariff.changed(said_ms, micros, ceiling)
+                    slices.change_price(connection, self.study, worker, tariff, ended_ms, lengths)
+                    worker = replace(worker, tariff=tariff)
+        return self._row(worker.id)
 
     def see_dead(self, worker: WorkerRow) -> None:
         """Waits until a worker whose watchdog is gone is dead too: never two at once. Raises WorkerError."""

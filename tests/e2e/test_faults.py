@@ -18,6 +18,7 @@ from studies import environment, kill, pids, read, spent, start, sweep, underway
 
 from budgets.ledger import Ledger
 from sweep import records
+from sweep.launchers.local import LocalLauncher
 from sweep.store import Store
 
 CRASH_AT = Path(__file__).with_name("crash_at.py")
@@ -332,6 +333,31 @@ def test_a_price_that_changed_while_nobody_drove_reaches_the_living_worker(tmp_p
     found = read(tmp_path)
     prices = [[price for price, _ in w.tariff.pieces(w.settled_ms)] for w in found["workers"]]
     assert prices[0] == [3_600_000, 7_200_000] and all(p == [7_200_000] for p in prices[1:])
+
+
+def test_a_price_that_changed_while_nobody_drove_is_charged_to_a_worker_that_ended_before_the_resume(
+    tmp_path: Path,
+) -> None:
+    """Proves that the dead worker's meter splits at each price that was said while it lived, and at none after."""
+    spec = write_spec(tmp_path, cap="$5", sleep=0.001, trials=6)
+    process = underway(spec, "trial 0 starts", tmp_path)
+    process.kill()
+    process.wait()
+    sweep("reprice", "words", "$7.20/hour", cwd=tmp_path)
+    sweep("reprice", "words", "$10.80/hour", cwd=tmp_path)
+    time.sleep(0.5)
+    LocalLauncher().stop(tmp_path / "runs" / "words" / "workers" / "001")
+    time.sleep(2.5)
+    sweep("reprice", "words", "$14.40/hour", cwd=tmp_path)
+    resume = start("resume", "words", cwd=tmp_path)
+    wait_for(lambda: "worker 2 starts" in (tmp_path / "out.txt").read_text())
+    resume.send_signal(signal.SIGINT)
+    resume.wait(timeout=60)
+    found = read(tmp_path)
+    first, second = found["workers"]
+    assert [price for price, _ in first.tariff.pieces(first.settled_ms)] == [3_600_000, 7_200_000, 10_800_000]
+    assert second.tariff.prices == ((0, 14_400_000),)
+    assert spent(found["accounts"]) == sum(w.tariff.cost(w.settled_ms) for w in found["workers"])
 
 
 def test_what_an_erased_database_left_is_not_taken_over(tmp_path: Path) -> None:
