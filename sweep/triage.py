@@ -28,6 +28,7 @@ class Funds:
     overhead: int  # what is forecast beyond trials and not held: a load, if a worker has yet to start
     leader: int | None = None  # the trial that is to come to its end whatever else is done
     finish_seconds: float = 0.0  # from its next decision to its end
+    ready: bool = False  # a worker is loaded
     odd: int = 0  # what is left over after the provider's last whole quantum: no machine can be had for it
 
     @property
@@ -68,7 +69,8 @@ def funds(
     overhead = cost_micros(micros_per_hour, max(loading_ms - prepaid_ms, 0))
     spent, prepaid_ms = balances.spent + max(used, 0), max(prepaid_ms - loading_ms, 0)
     odd = _odd(worker.tariff, worker.settled_ms, balances.held + balances.left - balances.reserve)
-    return Funds(balances, micros_per_hour, spent, prepaid_ms, overhead, odd=odd)
+    ready = worker.state == "ready"
+    return Funds(balances, micros_per_hour, spent, prepaid_ms, overhead, ready=ready, odd=odd)
 
 
 def _odd(tariff: Tariff, from_ms: int, available: int) -> int:
@@ -132,6 +134,25 @@ def affordable(trial: TrialRow, trials: Sequence[TrialRow], money: Funds, projec
     return projected_spend(roomy, [*others, trial], projector) <= money.limit
 
 
+def last_chance(
+    trial: TrialRow, trials: Sequence[TrialRow], results: Results, money: Funds, projector: Projector, *, begun: bool
+) -> bool:
+    """Whether a trial may use up what is left, since nobody else can: otherwise a study ends without a winner.
+
+    It is the leader, it would be the only one that runs and the first at its end, and no load is to be paid for it.
+    What is held for a slice's end counts here: the last evaluation is made in that. One that has `begun` stays as long
+    as it may come to its end by luck, so that it is not parked and woken again whenever a report is late.
+    """
+    rivals = (t for t in trials if t.number != trial.number)
+    if not money.ready or trial.rung < 0 or any(t.state in {*records.RUNNING, "completed"} for t in rivals):
+        return False
+    best = leader(trials, results)
+    if best is None or best.number != trial.number:
+        return False
+    end = projector.among(1.0).to_end(trial)
+    return money.cost(end.low if begun else end.mean) <= money.left_now
+
+
 def refused(trials: Sequence[TrialRow], newcomer: TrialRow) -> TrialRow:
     """What a new trial must at least be able to pay: the last of its method that was asked, if that could not be."""
     mine = (trial for trial in trials if trial.config.method == newcomer.config.method)
@@ -172,4 +193,10 @@ def triage(
         place = f"ranked last of {len(running)} at {worst.tokens:,} tokens"
         stopped.append((worst, f"projected {usd(projected)} of {usd(limit)}; {place}"))
         running.remove(worst)
+    if stopped and not running:
+        for trial, _ in stopped:
+            gone = {other.number for other, _ in stopped} - {trial.number}
+            staying = [t for t in trials if t.number not in gone]
+            if last_chance(trial, staying, results, money, projector, begun=True):
+                return [(other, reason) for other, reason in stopped if other.number != trial.number]
     return stopped

@@ -158,6 +158,43 @@ def test_a_load_that_is_held_is_not_counted_twice() -> None:
     assert (ready.prepaid_ms, ready.overhead) == (560_000, 0)
 
 
+def test_the_last_one_keeps_what_nobody_else_can_use() -> None:
+    """Proves that the leader that alone is left goes on while the money may bring it to its end, and is woken for it.
+
+    With one slow evaluation measured, a leader was parked with three quarters of the cap left, and nobody won.
+    """
+    projector = Projector(PLAN, 10_000_000, "cpu", 2)
+    best = trial(0, state="live", rung=0, target=1, tokens=1_000, loss=2.0)
+    results = Results([(0, 0, 2.0), (1, 0, 2.5)])
+    worse = trial(1, state="paused", rung=0, target=0, tokens=1_000, loss=2.5)
+    end = projector.among(1.0).to_end(best)
+
+    def funds(seconds: float, **changes: object) -> triage.Funds:
+        left = dataclasses.replace(money(10**12, 0), ready=True, **changes)
+        return dataclasses.replace(left, spent_now=10**12 - left.cost(seconds))
+
+    def stopped(trials: list[TrialRow], left: triage.Funds, begun: Results = results) -> list[int]:
+        return [one.number for one, _ in triage.triage(left, trials, begun, projector)]
+
+    lucky = funds((end.low + end.mean) / 2)
+    assert stopped([best, worse], lucky) == [] and stopped([best], funds(end.low / 2)) == [0]
+    assert stopped([best], dataclasses.replace(lucky, ready=False)) == [0], "for another load it is not risked"
+    other = trial(2, state="waiting", target=0)
+    assert sorted(stopped([best, other], lucky)) == [2], "who was never evaluated leaves it to the leader"
+    leader = dataclasses.replace(best, state="paused")
+    running = dataclasses.replace(worse, state="live", target=1)
+    assert stopped([leader, running], lucky) == [1], "the leader is woken instead"
+    done = trial(3, state="completed", rung=2, target=2, loss=1.0, full_loss=1.0)
+    assert stopped([best, done], lucky) == [0], "there is a winner, to whom the rest of the money is worth more"
+
+    def woken(left: triage.Funds, *others: TrialRow) -> bool:
+        waiting = dataclasses.replace(best, state="waiting")
+        return triage.last_chance(waiting, [waiting, *others], results, left, projector, begun=False)
+
+    assert woken(funds(end.mean + 0.01), worse) and not woken(lucky, worse), "not by luck alone: it was parked for that"
+    assert not woken(funds(end.mean + 0.01), running)
+
+
 def test_what_buys_no_whole_quantum_is_not_counted_on() -> None:
     """Proves that money is counted as the provider sells time: of 115 s worth of it a machine runs for 60.
 
