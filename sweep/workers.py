@@ -100,7 +100,8 @@ class Workers:
         Raises BudgetError, InvariantError, WorkerError.
         """
         lengths = self.lengths()
-        if self._paid_until is not None and self.launcher.boot()[1] - self._paid_until > WAIT_MS:
+        on_clock, until = self.study.timings is None, self._paid_until
+        if on_clock and until is not None and self.launcher.boot()[1] - until > WAIT_MS:
             self._skip_silence()
         with self.store.write() as connection:
             boot_id, now = self.launcher.boot()  # not before: the database may have been locked for half a minute
@@ -141,6 +142,7 @@ class Workers:
             self.see_dead(worker)
             self.bury(self.drain(worker))
             raise WorkerError(str(error), f"see {folder / 'watchdog.log'}") from error
+        self._seen_ms = self.launcher.boot()[1]
         with self.store.write() as connection:
             records.set_worker(connection, identifier, state="started")
 
@@ -307,6 +309,7 @@ class Workers:
         for worker in living:
             folder, self._seen_ms = Path(worker.folder), None
             if not self.launcher.fence_off(folder):
+                self._seen_ms = self.launcher.boot()[1]
                 with self.store.write() as connection:
                     if worker.state == "intended":
                         records.set_worker(connection, worker.id, state="started")
