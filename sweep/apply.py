@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from sqlalchemy import Connection
 
 from sweep import records, tables
+from sweep.projection import plan
 from sweep.records import Study, TrialRow, WorkerRow
 from sweep.store import Store
 from trainers.messages import (
@@ -119,15 +120,17 @@ def _trial_event(connection: Connection, study: Study, trial: TrialRow, event: T
 
 def _evaluated(connection: Connection, study: Study, trial: TrialRow, event: Evaluated) -> bool:
     """Stores an evaluation; False if it was known (a rung reached again) or is no number."""
+    # Where a run has few steps its last one passes the rungs before: who is at its end is not asked to go on to it.
+    rung = plan(study.facts).last if event.final else trial.target
     known = (tables.evaluation.c.study == study.name) & (tables.evaluation.c.trial == trial.number)
-    row = tables.evaluation.select().where(known & (tables.evaluation.c.rung == trial.target))
+    row = tables.evaluation.select().where(known & (tables.evaluation.c.rung == rung))
     new = math.isfinite(event.loss) and connection.execute(row).one_or_none() is None
     if new:
         connection.execute(
             tables.evaluation.insert().values(
                 study=study.name,
                 trial=trial.number,
-                rung=trial.target,
+                rung=rung,
                 tokens=event.tokens,
                 step=event.step,
                 loss=event.loss,
@@ -158,7 +161,8 @@ def _evaluated(connection: Connection, study: Study, trial: TrialRow, event: Eva
         study.name,
         trial.number,
         state="judging" if judged else trial.state,
-        rung=trial.target,
+        rung=rung,
+        target=rung,
         loss=_number(event.loss),
         full_loss=_number(event.full_loss),
         train_loss=_number(event.train_loss),

@@ -12,12 +12,12 @@ import math
 from collections.abc import Sequence
 
 from sweep import space
-from sweep.records import Study, TrialRow, newcomer
+from sweep.records import RUNNING, Study, TrialRow, newcomer
 from trainers.memory import needs_at_least
 from trainers.messages import Method, TrialConfig
 
 REASON = "out of memory"  # sweep/apply.py's, for the failure code out_of_memory
-MOST = 24  # configurations in a row that were not started: the sampler finds nothing else
+MOST = 24  # configurations in a row that came to nothing: the sampler finds nothing else
 
 
 def infeasible(trials: Sequence[TrialRow]) -> list[TrialRow]:
@@ -43,9 +43,22 @@ def refusal(config: TrialConfig, trials: Sequence[TrialRow]) -> str | None:
 
 
 def exhausted(trials: Sequence[TrialRow]) -> bool:
-    """Whether so many configurations in a row were not started that no other is to be expected."""
-    last = sorted(trials, key=lambda trial: trial.number)[-MOST:]
-    return len(last) == MOST and all(trial.reason.startswith(f"{REASON}: not started") for trial in last)
+    """Whether so many configurations of a method in a row came to nothing that no other is to be expected.
+
+    They were not started, or they diverged or failed and none of the method was ever evaluated: where that costs
+    nothing, on a meter of tokens, no cap would end it.
+    """
+    over = (trial for trial in trials if trial.state not in RUNNING)
+    last = sorted(over, key=lambda trial: trial.number)[-MOST:]
+    if len(last) < MOST:
+        return False
+    refused = all(trial.reason.startswith(f"{REASON}: not started") for trial in last)
+    return refused or (all(map(lost, last)) and all(trial.loss is None for trial in trials))
+
+
+def lost(trial: TrialRow) -> bool:
+    """Whether a trial diverged, failed or ran out of memory."""
+    return trial.diverged or trial.state == "failed"
 
 
 def newcomers(study: Study, trials: Sequence[TrialRow], method: Method | None = None) -> list[TrialRow]:
@@ -58,7 +71,11 @@ def newcomers(study: Study, trials: Sequence[TrialRow], method: Method | None = 
         return []
     mine = [trial for trial in trials if method in (None, trial.config.method)]
     share = math.inf if search.trials is None else math.ceil(search.trials / len(search.method))
-    if exhausted(mine) or (method is not None and len(mine) >= share):
+    if method is not None and len(mine) >= share:
         return []
-    methods = search.method if method is None else [method]
+    methods = [
+        one
+        for one in (search.method if method is None else [method])
+        if not exhausted([trial for trial in mine if trial.config.method == one])
+    ]
     return [newcomer(space.typical(one, search, examples, study.spec.seed, number)) for one in methods]

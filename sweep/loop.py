@@ -147,7 +147,7 @@ class Sweep:
         if worker is None:
             return False
         folder = Path(worker.folder)
-        alive = self.launcher.alive(folder)
+        alive = self.workers.alive(worker)
         record = self.launcher.read_usage(folder)
         # The last record is written after the last event, so events read from here on are all there will be.
         over = (record is not None and record.ended) or not alive
@@ -195,7 +195,7 @@ class Sweep:
         lost_disk = worker.why.startswith("disk")
         with self.store.read() as connection:
             kept = records.kept(connection, self.name)
-        self.workers.bury(worker, observed=True)
+        self.workers.bury(worker)
         self.instructor.forget()
         self._unreleased = folder
         if lost_disk:
@@ -380,26 +380,30 @@ class Sweep:
         if self._now().anybody_runs or (confirms and any(t.state == "completed" for t in trials)):
             return False  # with one at its end, what is left is for confirmation
         promoted: list[TrialRow] = []
+        reason = "promoted: the best that is left"
         for trial in turns.last_chances(self.study.spec.search, trials, results):
             together = all(t.config.method == trial.config.method == "lora" for t in promoted)
-            if together and self._promote(trial, self._trials()[0], results, "promoted: the best that is left"):
+            if together and self._promote(trial, self._trials()[0], results, reason, last=True):
                 promoted.append(trial)
             if len(promoted) == self._now().slots:
                 break
         return bool(promoted)
 
-    def _promote(self, trial: TrialRow, trials: list[TrialRow], results: Results, reason: str) -> bool:
+    def _promote(
+        self, trial: TrialRow, trials: list[TrialRow], results: Results, reason: str, *, last: bool = False
+    ) -> bool:
         target = min(max(trial.target, trial.rung + 1), self.projector.plan.last)
         woken = replace(trial, state="waiting", target=target)
-        if paid := self._affordable(woken, trials, results):
+        if paid := self._affordable(woken, trials, results, last=last):
             self._change(woken, "waiting", reason, target=woken.target, turn=records.next_turn(trials))
         return paid
 
-    def _affordable(self, trial: TrialRow, trials: list[TrialRow], results: Results) -> bool:
+    def _affordable(self, trial: TrialRow, trials: list[TrialRow], results: Results, *, last: bool = False) -> bool:
         """Whether a trial that joins can reach its end although all others reach their next decision before it."""
         joined = [*(t for t in trials if t.number != trial.number), trial]
         money = self._funds(joined, results)
-        return triage.affordable(trial, joined, money, self.projector)
+        paid = triage.affordable(trial, joined, money, self.projector)
+        return paid or (last and triage.last_chance(trial, joined, results, money, self.projector, begun=False))
 
     def _ask(self, trials: list[TrialRow], results: Results, method: Method | None, newcomers: list[TrialRow]) -> bool:
         """Asks for a new trial; True if there is one more to consider."""

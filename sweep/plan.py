@@ -56,22 +56,22 @@ def settle(spec: Spec, facts: dict[str, Any], quote: Quote) -> tuple[Spec, dict[
     if not isinstance(search.rungs, str):
         return spec, facts
     notes = list(facts.get("notes", []))
-    steps = max(facts["plan"]["examples"] // max(search.batch_size), 1)
+    examples, largest = facts["plan"]["examples"], max(search.batch_size)
+    steps = max(examples // largest, 1)
     if search.rungs == "auto" and search.promote == "curves":
-        shares: Sequence[float] = rungs.climb(steps, search.warmup)
-        where = ", ".join(f"{100 * share:.3g}" for share in shares)
-        notes.append(f"auto: evaluated at {where} % of a run; the model of the curves says who goes on")
+        shares: Sequence[float] = _before_the_end(rungs.climb(steps, search.warmup), examples, largest)
+        where = f"{_percent(shares)} of a run" if shares else "the end alone"
+        notes.append(f"auto: evaluated at {where}; the model of the curves says who goes on")
         search = search.model_copy(update={"rungs": shares})
     elif search.rungs in {*rungs.DERIVED, "hyperband"}:
         cheapest = cheapest_run(spec, facts, quote)
         fixed = search.eta if "eta" in search.model_fields_set else None
         derived = rungs.ladder((spec.budget.cap - spec.budget.reserve) / max(cheapest, 1), steps, fixed)
-        shares = derived.shares
-        update = {"eta": derived.eta} | ({"rungs": derived.shares} if search.rungs in rungs.DERIVED else {})
-        where = ", ".join(f"{100 * share:.3g}" for share in shares)
+        shares = _before_the_end(derived.shares, examples, largest)
+        update = {"eta": derived.eta} | ({"rungs": shares} if search.rungs in rungs.DERIVED else {})
         decides = search.promote == "curves" and search.rungs in rungs.DERIVED
         who = "the model of the curves says who goes on" if decides else f"one in {derived.eta} goes on"
-        compared = f"at {where} % of a run, {who}" if shares else "at the end alone"
+        compared = f"at {_percent(shares)} of a run, {who}" if shares else "at the end alone"
         notes.append(f"{search.rungs}: compared {compared}; about {derived.trials} trials by the forecast")
         search = search.model_copy(update=update)
     else:
@@ -80,6 +80,16 @@ def settle(spec: Spec, facts: dict[str, Any], quote: Quote) -> tuple[Spec, dict[
         shares = made.shares
     plan = asdict(lengths(search, evaluated(facts["data"]), shares))
     return spec.model_copy(update={"search": search}), facts | {"plan": plan, "notes": notes}
+
+
+def _before_the_end(shares: Sequence[float], examples: int, batch: int) -> tuple[float, ...]:
+    """The rungs that a run of such batches passes before its last step: at the others nothing would be left to save."""
+    steps = math.ceil(examples / batch)
+    return tuple(share for share in shares if math.ceil(share * examples / batch) < steps)
+
+
+def _percent(shares: Sequence[float]) -> str:
+    return ", ".join(f"{100 * share:.3g}" for share in shares) + " %"
 
 
 def drawn(spec: Spec, facts: dict[str, Any], quote: Quote, probed: Probed | None = None) -> Outline:

@@ -138,9 +138,13 @@ def reprice(connection: Connection, study: Study, rate: Rate, boot: tuple[str, i
     return tariff
 
 
-def newest(connection: Connection, name: str) -> tuple[int, int, str, int]:
-    """The study's newest price: (micros an hour, ceiling, boot_id and boot_ms of when it was said)."""
+def history(connection: Connection, name: str) -> list[tuple[int, int, str, int]]:
+    """The study's prices in their order: (micros an hour, ceiling, boot_id and boot_ms of when it was said)."""
     price = tables.price.c
     query = select(price.micros_per_hour, price.ceiling, price.boot_id, price.boot_ms).where(price.study == name)
-    row = connection.execute(query.order_by(price.number.desc()).limit(1)).one_or_none()
-    return tuple(row) if row else (0, 0, "", 0)
+    return [tuple(row) for row in connection.execute(query.order_by(price.number))]
+
+
+def newest(connection: Connection, name: str) -> tuple[int, int, str, int]:
+    """The last of `history`; zeros where a study has none."""
+    return (history(connection, name) or [(0, 0, "", 0)])[-1]

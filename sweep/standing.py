@@ -9,8 +9,8 @@ from typing import Literal
 from sqlalchemy import Connection
 
 from budgets.ledger import Ledger
-from budgets.money import usd
-from sweep import records, seats, slices, space
+from budgets.money import cost_micros, usd
+from sweep import feasibility, records, seats, slices, space
 from sweep.launchers.base import WATCHDOG_LOCK, locked
 from sweep.projection import Projector
 from sweep.records import Study, TrialRow, WorkerRow
@@ -18,6 +18,7 @@ from sweep.store import ORCHESTRATOR_LOCK
 
 Kind = Literal["running", "unattended", "broken off", "stopped", "out of money", "over", "closed"]
 
+REASON_CHARACTERS = 160  # of a trial's reason, which may be a user's own error
 SPARE = 1.3  # times what an end is forecast to take: a cap that is just enough is often not
 
 
@@ -51,7 +52,8 @@ def words(found: Kind, connection: Connection, study: Study, trials: Sequence[Tr
         case "stopped":
             return f"checkpointed and settled; next: {resume}"
         case "out of money":
-            return f"no trial came to its end; {more_money(connection, study, trials, projector)}"
+            advice = beyond_money(study, trials) or more_money(connection, study, trials, projector)
+            return f"no trial came to its end; {advice}"
         case "over":
             return f"next: sweep best {study.name}"
         case _:
@@ -66,6 +68,27 @@ def _held(path: Path) -> bool | None:
         return None
 
 
+def beyond_money(study: Study, trials: Sequence[TrialRow]) -> str | None:
+    """Why no cap would bring a trial to its end, and which key of the spec to change; None where money would.
+
+    A stored study keeps its spec, so the way on is another study.
+    """
+    searched = records.searched(trials)
+    if not searched or any(trial.state not in records.ENDED for trial in searched):
+        return None
+    begun = [trial for trial in searched if trial.tokens or feasibility.lost(trial)]
+    last = max(begun or searched, key=lambda trial: trial.number)
+    why = f"the last one {last.reason.splitlines()[0][:REASON_CHARACTERS]}" if last.reason else "see sweep status"
+    if begun and all(map(feasibility.lost, begun)):
+        memory = last.reason.startswith(feasibility.REASON)
+        key = "search.learning_rate" if last.diverged else "search.batch_size" if memory else "what failed"
+        return f"all {len(begun)} that began diverged or failed ({why}): change {key} and launch another study"
+    if study.spec.search.trials is not None and len(searched) >= study.spec.search.trials:
+        used = f"all {len(searched)} of search.trials ended before that ({why})"
+        return f"{used}: raise search.trials and launch another study"
+    return None
+
+
 def more_money(connection: Connection, study: Study, trials: Sequence[TrialRow], projector: Projector) -> str:
     """Which cap would bring a trial to its end, and the command; of the parked ones the soonest, else a new one."""
     projector = projector.among(1.0)
@@ -77,7 +100,9 @@ def more_money(connection: Connection, study: Study, trials: Sequence[TrialRow],
     tail = slices.tail_ms(projector.tail(search.method, slots).mean) / 1000
     seconds = projector.load().mean + max(training, slices.MIN_SLICE_MS / 1000) + tail
     balances = Ledger(connection, study.name).balances()
-    needed = balances.spent + roomy(round(seconds * study.micros_per_hour / 3600)) + balances.reserve
+    # No machine can be had for a part of the provider's quantum, nor for less than its least charge.
+    billed_ms = study.tariff.billed_ms(round(SPARE * 1000 * seconds))
+    needed = balances.spent + round_up(cost_micros(study.micros_per_hour, billed_ms)) + balances.reserve
     cap = round_up(max(needed, balances.cap + 1))
     return f"sweep resume {study.name} --cap '{usd(cap)}' should bring one there"
 

@@ -37,6 +37,8 @@ SILENCE_MS, LONG_SILENCE_MS = 15_000, 120_000
 DEATH_SECONDS = 30.0  # how long a fenced worker may take to die before it is killed by hand
 HEARTBEAT_MS = 1_000  # between two records of the watchdog
 DYING_MS = 250  # a worker outlives its watchdog by less: the kernel ends it (76 ms was the worst of 25)
+WAIT_MS = 5_000  # between two workers of one run; what is longer was a suspension, or a lock that somebody held
+LOOK_MS = 1_000  # a death that is found so soon after the last sign of life was seen as it happened
 
 
 def hopeless(worker: WorkerRow) -> bool:
@@ -54,6 +56,7 @@ class Workers:
         self.projector = projector
         self._paid_until: int | None = None  # the machine's clock up to which this run's last worker was charged
         self._rounded_ms = 0  # of it, what lies beyond the worker's end
+        self._seen_ms: int | None = None  # the machine's clock when the worker was last seen alive
 
     def lengths(self, gap_ms: int = 0) -> Lengths:
         """The lengths of paid time, from the forecasts as they stand; a slice outlasts three times the gap."""
@@ -93,7 +96,8 @@ class Workers:
         with self.store.read() as connection:
             balances = Ledger(connection, self.study.name).balances()
         now, load = self.now_ms(worker) if worker else 0, self.projector.load().mean
-        return triage.funds(balances, self.study.micros_per_hour, worker, now, load)
+        following = self._start(*self.launcher.boot())[1] if worker is None else None
+        return triage.funds(balances, self.study.micros_per_hour, worker, now, load, following)
 
     def launch(self, before_start: Callable[[], None]) -> None:
         """Pays for a worker and starts it; `before_start` is called in between.
@@ -101,8 +105,11 @@ class Workers:
         Raises BudgetError, InvariantError, WorkerError.
         """
         lengths = self.lengths()
-        boot_id, now = self.launcher.boot()
+        on_clock, until = self.study.timings is None, self._paid_until
+        if on_clock and until is not None and self.launcher.boot()[1] - until > WAIT_MS:
+            self._skip_silence()
         with self.store.write() as connection:
+            boot_id, now = self.launcher.boot()  # not before: the database may have been locked for half a minute
             # Its price may have changed.
             self.study = records.own_study(connection, self.study.name, self.study.fence)
             origin, tariff = self._start(boot_id, now)
@@ -134,18 +141,21 @@ class Workers:
         try:
             self.launcher.start(self._job(worker, lengths), folder)
         except LaunchError as error:
+            self._seen_ms = self.launcher.boot()[1]  # whatever came to life did so while we waited for it
             if not self.launcher.fence_off(folder):
                 self.launcher.stop(folder)  # it came to life after all, too late
             self.see_dead(worker)
-            self.bury(self.drain(worker), observed=True)
+            self.bury(self.drain(worker))
             raise WorkerError(str(error), f"see {folder / 'watchdog.log'}") from error
+        self._seen_ms = self.launcher.boot()[1]
         with self.store.write() as connection:
             records.set_worker(connection, identifier, state="started")
 
     def _start(self, boot_id: str, now: int) -> tuple[int, Tariff]:
         """Where a new worker's meter starts on the machine's clock, and what it is paid by.
 
-        The machine's time since this run's last worker is paid for by the next one. Where the last one, of this run or
+        The machine's time since this run's last worker is paid for by the next one, unless it is so long that the next
+        one's first slice, which is paid for a load, might be over before it starts. Where the last one, of this run or
         of one before, was charged beyond now, to a full quantum, the next one has so much time for nothing.
         """
         study, until = self.study, self._paid_until
@@ -153,7 +163,7 @@ class Workers:
             return now, study.tariff if until is None else study.tariff.following(self._rounded_ms)
         if until is None and study.boot_id == boot_id and study.last_boot_ms is not None and study.last_boot_ms > now:
             until = study.last_boot_ms
-        if until is None:
+        if until is None or now - until > WAIT_MS:
             return now, study.tariff
         return min(until, now), study.tariff.following(max(until - now, 0))
 
@@ -222,12 +232,19 @@ class Workers:
         tariff = worker.tariff.changed(min(max(said, worker.settled_ms), now), price.now, price.ceiling)
         slices.change_price(connection, self.study, worker, tariff, now, lengths)
 
-    def bury(self, worker: WorkerRow, *, observed: bool) -> None:
+    def alive(self, worker: WorkerRow) -> bool:
+        """Whether a worker's watchdog lives; when it was last seen to is remembered, for `bury`."""
+        looked_ms = self.launcher.boot()[1]  # before the look: we may be stopped in between
+        if alive := self.launcher.alive(Path(worker.folder)):
+            self._seen_ms = looked_ms
+        return alive
+
+    def bury(self, worker: WorkerRow) -> None:
         """Settles a worker that is dead and gives its trials back to the queue.
 
-        Charged is what the watchdog recorded. Without its last record: up to now if the death was observed just now,
-        else up to the last heartbeat and the time that may have passed since, and without any record the whole hold.
-        A worker that provably never started costs nothing.
+        Charged is what the watchdog recorded. Without its last record: up to now if the worker was seen alive just
+        before, else up to the last heartbeat and the time that may have passed since, and without any record the whole
+        hold. A worker that provably never started costs nothing.
         """
         record = self.launcher.read_usage(Path(worker.folder))
         with self.store.write() as connection:
@@ -235,12 +252,12 @@ class Workers:
             if record is None and self._never_started(worker):
                 Ledger(connection, self.study.name).void(worker.hold, fence=self.study.fence)
                 ended_ms, how = 0, "never started"
-            elif record is None and not observed:
+            elif record is None and not self._observed(worker):
                 ended_ms, how = worker.paid_ms, "no record of its end: its slice is charged in full"
                 slices.expire(connection, self.study, worker, rest, how)
                 self._charged_until(connection, worker, ended_ms, ended_ms)
             else:
-                ended_ms, how = self._end(worker, record, observed)
+                ended_ms, how = self._end(worker, record)
                 billed_ms = slices.settle_end(connection, self.study, worker, ended_ms, rest, how)
                 self._charged_until(connection, worker, ended_ms, billed_ms)
             self._lose_trials(connection, worker)
@@ -250,6 +267,7 @@ class Workers:
             cost = usd(Ledger(connection, self.study.name).balances().spent)
             text = f"worker {worker.ordinal} ended after {ended_ms / 1000:.1f} s ({how}); spent {cost}"
             records.note(connection, self.study.name, "ended", text)
+        self._seen_ms = None
         self._remember()
 
     def _never_started(self, worker: WorkerRow) -> bool:
@@ -266,14 +284,27 @@ class Workers:
         self._rounded_ms = billed_ms - ended_ms
         records.set_study(connection, self.study.name, last_boot_ms=self._paid_until, boot_id=worker.boot_id)
 
-    def _end(self, worker: WorkerRow, record: UsageRecord | None, observed: bool) -> tuple[int, str]:
+    def _seen_on_meter(self, worker: WorkerRow) -> int | None:
+        """The worker's meter when it was last seen alive; None if nobody looked."""
+        if self.study.timings is not None:
+            return None if self._seen_ms is None else worker.at_ms
+        return None if self._seen_ms is None else self._seen_ms - worker.origin_boot_ms
+
+    def _observed(self, worker: WorkerRow) -> bool:
+        """Whether a worker's death was seen just as it happened."""
+        seen_ms = self._seen_on_meter(worker)
+        return seen_ms is not None and self.now_ms(worker) - seen_ms <= LOOK_MS
+
+    def _end(self, worker: WorkerRow, record: UsageRecord | None) -> tuple[int, str]:
         """When a dead worker ended on its meter, as far as is known, and how."""
         if record is not None and record.ended:
             return max(record.ms, worker.at_ms), record.why
-        if record is None or observed:
+        if record is None or self._observed(worker):
             return self.now_ms(worker), "lost its watchdog"
         margin = 0 if self.study.timings else HEARTBEAT_MS + DYING_MS
-        ended_ms = min(max(record.ms + margin, worker.at_ms), max(worker.paid_ms, worker.at_ms))
+        # We may have been stopped since we looked: what it can have lived beyond that the heartbeats say.
+        known_ms = max(worker.at_ms, self._seen_on_meter(worker) or 0)
+        ended_ms = max(min(record.ms + margin, worker.paid_ms), known_ms)
         return ended_ms, "no record of its end: charged up to a heartbeat after its last one"
 
     def recover(self) -> None:
@@ -281,31 +312,58 @@ class Workers:
         with self.store.read() as connection:
             living = records.workers(connection, self.study.name, living=True)
         for worker in living:
-            folder = Path(worker.folder)
+            folder, self._seen_ms = Path(worker.folder), None
             if not self.launcher.fence_off(folder):
+                self._seen_ms = self.launcher.boot()[1]
                 with self.store.write() as connection:
                     if worker.state == "intended":
                         records.set_worker(connection, worker.id, state="started")
                     records.note(connection, self.study.name, "reattach", f"worker {worker.ordinal} lives; reattached")
                 continue
             self.see_dead(worker)
-            self.bury(self.drain(worker), observed=False)
+            self.bury(self._follow_past_prices(self.drain(worker)))
+        with self.store.read() as connection:
+            alone = not records.workers(connection, self.study.name, living=True)
+        self._skip_silence(charge=alone)
+        self._refund_on_evidence()
+
+    def _skip_silence(self, *, charge: bool = True) -> None:
+        """What the machine did since the last worker is no worker's of this run: we did not run, or were suspended."""
+        self._paid_until = None
         with self.store.read() as connection:
             self.study = records.own_study(connection, self.study.name, self.study.fence)
-            alone = not records.workers(connection, self.study.name, living=True)
-        # What the machine did since then is no worker's of this run.
-        self._paid_until = None
-        if alone:
+        if charge:
             self._charge_gap()
-        self._refund_on_evidence()
+
+    def _follow_past_prices(self, worker: WorkerRow) -> WorkerRow:
+        """Puts a dead worker under the prices that were said while it lived and nobody drove it; returns its row.
+
+        Those that were said on its own machine's boot alone: another clock does not date them.
+        """
+        if self.study.timings is not None:
+            return worker
+        record = self.launcher.read_usage(Path(worker.folder))
+        ended_ms = worker.paid_ms if record is None else self._end(worker, record)[0]
+        lengths = self.lengths()
+        with self.store.write() as connection:
+            for micros, ceiling, boot_id, boot_ms in pricing.history(connection, self.study.name):
+                said_ms = boot_ms - worker.origin_boot_ms
+                if boot_id == worker.boot_id and worker.settled_ms <= said_ms < ended_ms:
+                    tariff = worker.tariff.changed(said_ms, micros, ceiling)
+                    slices.change_price(connection, self.study, worker, tariff, ended_ms, lengths)
+                    worker = replace(worker, tariff=tariff)
+        return self._row(worker.id)
 
     def see_dead(self, worker: WorkerRow) -> None:
         """Waits until a worker whose watchdog is gone is dead too: never two at once. Raises WorkerError."""
         folder = Path(worker.folder)
+        lived = self.launcher.worker_alive(folder)
         self.launcher.wait_dead(folder, DEATH_SECONDS)
         self.launcher.stop(folder)
         if not self.launcher.wait_dead(folder, DEATH_SECONDS):
             raise WorkerError(f"worker {worker.ordinal} does not die", f"see {folder / 'watchdog.json'}")
+        if lived:  # it outlived its watchdog and died while we looked
+            self._seen_ms = self.launcher.boot()[1]
 
     def drain(self, worker: WorkerRow) -> WorkerRow:
         """Applies every event that a dead worker left."""

@@ -82,9 +82,11 @@ class Judge:
         self._base_scores: dict[str, Any] | None = None
         self._longest_ms: dict[str, int] = {}  # by what was done: see `known`
 
-    def longest_ms(self, guess: int) -> int:
-        """The longest that judging a trial took lately, examinations included; `guess` before the first."""
-        return max(self._longest_ms.values(), default=guess)
+    def longest_ms(self, trial: LiveTrial | None, guess: int) -> int:
+        """The longest in ms that judging took lately: such a trial as this one, or any, examinations included, where
+        none like it was judged or it is None; `guess` before the first."""
+        longest = max(self._longest_ms.values(), default=guess)
+        return longest if trial is None else self._longest_ms.get(_kind(trial), longest)
 
     def known(self, trial: LiveTrial) -> bool:
         """Says whether one like it was judged before, so that it is known how long that takes."""

@@ -148,8 +148,8 @@ class Worker:
         ready = [trial for trial in self._trials.values() if not trial.standing and trial.arrived()]
         if self._examine_base and not self._out_of_time(evaluating=True):
             self._examine_the_base()
-        elif ready and not self._out_of_time(evaluating=True):
-            self._conclude(ready[0])
+        elif fitting := [trial for trial in ready if not self._out_of_time(evaluating=True, trial=trial)]:
+            self._conclude(fitting[0])
         elif not self._out_of_time() and any(not (t.standing or t.arrived()) for t in self._trials.values()):
             self._train()
         elif self._saver.busy or len(self._arrivals):
@@ -174,8 +174,8 @@ class Worker:
 
     # --- time -------------------------------------------------------------------------------------------------------
 
-    def _out_of_time(self, evaluating: bool = False) -> bool:
-        """Says whether no more work may begin, other than checkpoints.
+    def _out_of_time(self, evaluating: bool = False, trial: LiveTrial | None = None) -> bool:
+        """Says whether no more work may begin, other than checkpoints; `evaluating`: that of `trial`, or any.
 
         An evaluation may begin after `work_ms`: the paid time has a tail for it. On a meter that runs on a file only
         `work_ms` counts, so that what the worker does depends on nothing that varies.
@@ -185,7 +185,7 @@ class Worker:
             return not evaluating and now_ms >= self._work_ms
         last_ms = self._last_ms() - self._steps_ahead() * self._step_ns / _NS_PER_MS
         if evaluating:
-            last_ms -= self._judge.longest_ms(_FIRST_GUESS_MS) * _SAFETY
+            last_ms -= self._judge.longest_ms(trial, _FIRST_GUESS_MS) * _SAFETY
         return now_ms >= (last_ms if evaluating else min(last_ms, self._work_ms))
 
     def _steps_ahead(self) -> int:
@@ -209,8 +209,8 @@ class Worker:
         over = not self._job.timings and self._meter.now_ms() >= min(self._last_ms(), self._work_ms)
         if self._job.timings and time.monotonic() - self._heard_s > _UNHEARD_S:
             return "paid_time"
-        waiting = any(not trial.standing and trial.arrived() for trial in self._trials.values())
-        fits = waiting and not self._out_of_time(evaluating=True)
+        waiting = (trial for trial in self._trials.values() if not trial.standing and trial.arrived())
+        fits = any(not self._out_of_time(evaluating=True, trial=trial) for trial in waiting)
         return "paid_time" if self._terminated or (over and not fits) else None
 
     # --- commands ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from sweep import records, run, summary
 from sweep.errors import BudgetError, InvariantError
 from sweep.launchers.local import LocalLauncher
 from sweep.projection import projector_of
-from sweep.standing import more_money
+from sweep.standing import beyond_money, more_money
 from sweep.store import Store
 
 
@@ -59,11 +59,11 @@ def conclude(store: Store, name: str) -> None:
     if winner is None or winner["full_loss"] is None:
         with store.read() as connection:
             trials, projector = records.trials(connection, name), projector_of(study, connection)
-            more = more_money(connection, study, trials, projector)
-        raise BudgetError(
-            f"{usd(spent)} of {usd(cap)} are spent and no trial was trained to its end",
-            f"{more}; or launch one with a smaller search.epochs",
-        )
+            advice = beyond_money(study, trials)
+            if advice is None:
+                more = more_money(connection, study, trials, projector)
+                advice = f"{more}; or launch one with a smaller search.epochs"
+        raise BudgetError(f"{usd(spent)} of {usd(cap)} are spent and no trial was trained to its end", advice)
     if state["stopped"] is not None:
         click.echo(f"the search had enough: {state['stopped']}. {usd(cap - spent)} of the cap stay with you", err=True)
     click.echo(

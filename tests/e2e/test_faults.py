@@ -18,6 +18,7 @@ from studies import environment, kill, pids, read, spent, start, sweep, underway
 
 from budgets.ledger import Ledger
 from sweep import records
+from sweep.launchers.local import LocalLauncher
 from sweep.store import Store
 
 CRASH_AT = Path(__file__).with_name("crash_at.py")
@@ -180,6 +181,58 @@ def test_a_watchdog_that_died_alone_is_charged_to_its_last_heartbeat(tmp_path: P
     assert died - 100 <= first.settled_ms <= died + 1_500 < first.paid_ms
 
 
+def test_a_death_that_nobody_saw_is_charged_to_its_last_heartbeat(tmp_path: Path) -> None:
+    """Proves that an orchestrator that was suspended while the watchdog died does not take its waking for the end."""
+    spec = write_spec(tmp_path, cap="$0.5", sleep=0.001, trials=40)
+    process = underway(spec, "trial 0 starts", tmp_path)
+    time.sleep(1.5)
+    (worker,) = read(tmp_path)["workers"]
+    os.kill(process.pid, signal.SIGSTOP)
+    kill(pids(tmp_path)["watchdog"])
+    died = time.clock_gettime(time.CLOCK_BOOTTIME) * 1000 - worker.origin_boot_ms
+    time.sleep(8)
+    os.kill(process.pid, signal.SIGCONT)
+    wait_for(lambda: "worker 2 starts" in (tmp_path / "out.txt").read_text())
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    first, second = read(tmp_path)["workers"]
+    assert died - 100 <= first.settled_ms <= died + 1_500, first.why
+    assert second.origin_boot_ms > worker.origin_boot_ms + died + 4_000, "nor does the next one pay for the silence"
+
+
+def test_a_lock_that_is_waited_for_at_a_launch_is_not_paid_for(tmp_path: Path) -> None:
+    """Proves that a worker's meter starts when its hold is made: a backup that locks the database costs nothing.
+
+    The lock is taken just before the launch, and held until half of what the first slice pays for is over.
+    """
+    spec = write_spec(tmp_path, cap="$0.10", sleep=0.0001, trials=1)
+    hook = tmp_path / "hook.py"
+    hook.write_text(
+        """
+import sqlite3, sys, threading
+from sweep import workers
+from sweep.cli import main
+
+real, held = workers.Workers.lengths, []
+
+def lengths(self, gap_ms=0):
+    found = real(self, gap_ms)
+    if sys._getframe(1).f_code.co_name == "launch" and not held:
+        held.append(sqlite3.connect("studies.db", isolation_level=None, check_same_thread=False))
+        held[0].execute("BEGIN IMMEDIATE")
+        threading.Timer(8, held[0].execute, ["ROLLBACK"]).start()
+    return found
+
+workers.Workers.lengths = lengths
+main()
+"""
+    )
+    command = [sys.executable, str(hook), "launch", str(spec), "--yes"]
+    subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, check=True)
+    (worker,) = read(tmp_path)["workers"]
+    assert worker.load_ms is not None and worker.load_ms < 5_000
+
+
 def test_what_expired_is_refunded_when_a_record_turns_up(tmp_path: Path) -> None:
     """Proves item 4 of the ledger: without any record the slice is charged in full, on evidence the rest returns."""
     spec = write_spec(tmp_path, cap="$0.5", sleep=0.001, trials=3)
@@ -280,6 +333,31 @@ def test_a_price_that_changed_while_nobody_drove_reaches_the_living_worker(tmp_p
     found = read(tmp_path)
     prices = [[price for price, _ in w.tariff.pieces(w.settled_ms)] for w in found["workers"]]
     assert prices[0] == [3_600_000, 7_200_000] and all(p == [7_200_000] for p in prices[1:])
+
+
+def test_a_price_that_changed_while_nobody_drove_is_charged_to_a_worker_that_ended_before_the_resume(
+    tmp_path: Path,
+) -> None:
+    """Proves that the dead worker's meter splits at each price that was said while it lived, and at none after."""
+    spec = write_spec(tmp_path, cap="$5", sleep=0.001, trials=6)
+    process = underway(spec, "trial 0 starts", tmp_path)
+    process.kill()
+    process.wait()
+    sweep("reprice", "words", "$7.20/hour", cwd=tmp_path)
+    sweep("reprice", "words", "$10.80/hour", cwd=tmp_path)
+    time.sleep(0.5)
+    LocalLauncher().stop(tmp_path / "runs" / "words" / "workers" / "001")
+    time.sleep(2.5)
+    sweep("reprice", "words", "$14.40/hour", cwd=tmp_path)
+    resume = start("resume", "words", cwd=tmp_path)
+    wait_for(lambda: "worker 2 starts" in (tmp_path / "out.txt").read_text())
+    resume.send_signal(signal.SIGINT)
+    resume.wait(timeout=60)
+    found = read(tmp_path)
+    first, second = found["workers"]
+    assert [price for price, _ in first.tariff.pieces(first.settled_ms)] == [3_600_000, 7_200_000, 10_800_000]
+    assert second.tariff.prices == ((0, 14_400_000),)
+    assert spent(found["accounts"]) == sum(w.tariff.cost(w.settled_ms) for w in found["workers"])
 
 
 def test_what_an_erased_database_left_is_not_taken_over(tmp_path: Path) -> None:

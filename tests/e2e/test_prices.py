@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from sqlalchemy import select
-from studies import kill, machine_micros, pids, read, spent, start, sweep, wait_for, write_spec
+from studies import TIMINGS, kill, machine_micros, pids, read, spent, start, sweep, wait_for, write_spec
 
 from budgets.schema import hold
 from sweep.store import Store
@@ -140,3 +141,22 @@ def test_machines_of_different_prices_in_one_study(tmp_path: Path) -> None:
     assert spent(found["accounts"]) == sum(w.tariff.cost(w.settled_ms) for w in found["workers"])
     text = sweep("statement", cwd=tmp_path).stdout
     assert "x $1.20/hour +" in " ".join(text.split())
+
+
+def test_a_part_of_a_quantum_is_promised_to_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that a cap between two quanta brings a trial to its end as the lower one does; of a cap under one quantum
+    it is said which whole quanta would."""
+    monkeypatch.setitem(TIMINGS, "train", {"lora": 0.006, "full": 0.006})
+    machine = {"quantum_seconds": 60, "minimum_seconds": 60}
+    spec = write_spec(tmp_path, cap="$0.10", timings=True, machine=machine)
+    sweep("launch", str(spec), "--yes", "--anyway", cwd=tmp_path)
+    found = read(tmp_path)
+    assert any(trial.state == "completed" for trial in found["trials"]) and spent(found["accounts"]) == 60_000
+    monkeypatch.setitem(TIMINGS, "train", {"lora": 0.05, "full": 0.05})
+    folder = tmp_path / "dear"
+    folder.mkdir()
+    spec = write_spec(folder, cap="$0.10", timings=True, machine=machine)
+    done = sweep("launch", str(spec), "--yes", "--anyway", cwd=folder, check=3)
+    (cap,) = re.findall(r"--cap '\$([0-9.]+)'", done.stderr.splitlines()[-1])
+    whole = round(1_000_000 * float(cap)) - spent(read(folder)["accounts"])
+    assert whole >= 60_000 and whole % 60_000 == 0

@@ -6,7 +6,8 @@ import json
 import re
 from pathlib import Path
 
-from studies import start, sweep, wait_for, write_spec
+import pytest
+from studies import CURVES, start, sweep, wait_for, write_spec
 
 from sweep.launchers.local import LocalLauncher
 
@@ -54,3 +55,23 @@ def test_a_study_without_enough_money_says_how_much_is(tmp_path: Path) -> None:
         assert kind == "stopped" or cap in words
         done = sweep("resume", "words", "--cap", cap, cwd=tmp_path, check=None)
     assert (done.returncode, kind) == (0, "over")
+
+
+@pytest.mark.parametrize("trials", [None, 2])
+def test_a_search_in_which_all_diverges_ends_and_names_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trials: int | None
+) -> None:
+    """Proves that a search which costs nothing and finds nothing ends, and is not told to raise its cap.
+
+    Tokens are paid for, and trials that diverge at their first step train none.
+    """
+    monkeypatch.setitem(CURVES, "default", {**CURVES["default"], "diverges_above": 1e-9})
+    more = {} if trials is None else {"trials": trials}
+    spec = write_spec(tmp_path, cap="$0.05", machine={"price": "$1.00/Mtok"}, **more)
+    done = sweep("launch", str(spec), "--yes", "--anyway", cwd=tmp_path, check=3, timeout=60)
+    last = done.stderr.splitlines()[-1]
+    kind, _, words = told(tmp_path)
+    assert kind == "out of money" and words.split("; ", 1)[1] in last
+    (asked,) = re.findall(r"all (\d+) that began diverged or failed \(the last one diverged: ", last)
+    assert int(asked) == 2 if trials else 24 <= int(asked) <= 28, "those under way come to their end"
+    assert "change search.learning_rate and launch another study" in last and "--cap" not in last

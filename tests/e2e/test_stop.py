@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from studies import read, spent, sweep, write_spec
+from studies import TIMINGS, read, spent, sweep, write_spec
 from test_endgame import checked
 
 from sweep import records
@@ -57,3 +57,17 @@ def test_confirmation_has_its_reserve_and_no_more_and_a_raised_cap_goes_on(tmp_p
     sweep("resume", "words", "--cap", "$1.2", cwd=tmp_path)
     after = checked(tmp_path)
     assert len(records.searched(after["trials"])) >= len(records.searched(before["trials"])) + 5
+
+
+def test_the_last_slice_s_end_brings_the_leader_to_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that a trial is woken for what is left although all of it is held: its last evaluation is made in that.
+
+    A third of the cap was used, the rest went back, and no trial had come to its end.
+    """
+    monkeypatch.setitem(TIMINGS, "load", 5.0)
+    monkeypatch.setitem(TIMINGS, "checkpoint", 1.0)
+    spec = write_spec(tmp_path, cap="$0.02", timings=True)
+    sweep("launch", str(spec), "--yes", "--anyway", cwd=tmp_path)
+    found = read(tmp_path)
+    assert [trial.number for trial in found["trials"] if trial.state == "completed"] == [0]
+    assert len(found["workers"]) == 1 and spent(found["accounts"]) <= 20_000

@@ -6,12 +6,13 @@ import contextlib
 import json
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
 import pytest
-from studies import kill, machine_micros, pids, read, spent, start, sweep, wait_for, write_spec
+from studies import CURVES, kill, machine_micros, pids, read, spent, start, sweep, wait_for, write_spec
 
 from budgets.money import cost_micros
 
@@ -211,3 +212,23 @@ def test_a_machine_billed_from_boot_pays_for_waiting_and_is_stopped(tmp_path: Pa
     assert gap.credit == "idle" and gap.amount_micros >= 1_400
     wait_for((tmp_path / "stopped").exists)
     assert (tmp_path / "stopped").read_text() == "stopped\n"
+
+
+def test_a_run_whose_last_step_passes_a_rung_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that who is judged at its end is not promoted to it: nobody stands for ever, on either kind of meter.
+
+    Of four steps the last one passes the rung at 80 %; a run of one step passes all.
+    """
+    monkeypatch.setitem(CURVES, "slots", {"lora": 8, "full": 1})
+    for rows, meter, judged in ((512, "clock", 2), (9, "file", 1)):
+        monkeypatch.setitem(CURVES, "train_rows", rows)
+        folder = tmp_path / meter
+        folder.mkdir()
+        options = {"sleep": 0.0001} if meter == "clock" else {"timings": True}
+        spec = write_spec(folder, cap="$0.1", trials=4, batch_size=16, rungs=[0.1, 0.8], **options)
+        sweep("launch", str(spec), "--yes", "--anyway", cwd=folder, timeout=50)
+        found = read(folder)
+        ends = [trial for trial in found["trials"] if trial.full_loss is not None]
+        assert ends and all((trial.state, trial.rung, trial.target) == ("completed", 2, 2) for trial in ends)
+        times = Counter(trial for trial, *_ in found["evaluations"])
+        assert all(times[trial.number] == judged for trial in ends) and len(found["workers"]) == 1

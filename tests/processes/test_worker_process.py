@@ -322,3 +322,28 @@ def test_who_may_not_be_judged_any_more_is_written_first(make_bench: Callable[..
     worker._saver.collect(wait=True)
     said = [parse_event(line).type for line in os.read(reading, 1 << 16).decode().splitlines()]
     assert said == ["ready", "admitted", "admitted", "checkpointed", "checkpointed", "evaluated", "evaluated"]
+
+
+def test_a_rung_is_not_taken_to_last_as_long_as_an_examination(make_bench: Callable[..., Bench]) -> None:
+    """Proves that time which is too short for a judgement of the longest kind is used for one of a short kind, also
+    where one of the long kind waits before it."""
+    bench = make_bench(slots={"lora": 2})
+    (commands, _), (reading, writing) = os.pipe(), os.pipe()
+    worker = Worker(job := bench.job(), open_meter(job), commands, writing)
+    worker._load()
+    for number, until in ((0, None), (1, 20)):
+        folder = str(bench.root / f"trial {number}")
+        worker._welcome(
+            Admit(fence=1, config=config(number), attempt="a", folder=folder, until_tokens=until, examine=number == 0)
+        )
+    while not all(trial.arrived() for trial in worker._trials.values()):
+        worker._train()
+    worker._saver._longest_ms = {"lora": 10}
+    worker._judge._longest_ms = {"lora rung": 10, "lora examined": 60_000}
+    worker._paid_ms = worker._work_ms = worker._meter.now_ms() + job.grace_ms + worker._dying.ms() + 8_000
+    while not worker._trials[1].standing:
+        assert worker.turn() is None
+    assert not worker._trials[0].standing
+    worker._saver.collect(wait=True)
+    said = list(map(parse_event, os.read(reading, 1 << 16).decode().splitlines()))
+    assert [event.trial for event in said if event.type == "evaluated"] == [1]

@@ -7,14 +7,15 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from sqlalchemy import Connection
 
-from sweep import feasibility, fit, launch, records, space, tables
+from sweep import feasibility, fit, launch, records, space, standing, tables
 from sweep.errors import SpecError, UsageError
-from sweep.records import TrialRow
+from sweep.records import Study, TrialRow
 from sweep.spec import Spec
 from sweep.store import Store
 from sweep.study import Memory
@@ -392,8 +393,33 @@ def test_what_ran_out_of_memory_is_not_tried_again() -> None:
     assert said is not None and said.endswith("what trial 0 ran out of")
     assert feasibility.refusal(config(6, rank=16), trials) is None
     assert feasibility.refusal(config(6, rank=8), trials) is None
-    assert not feasibility.exhausted([ran_out, *[dataclasses.replace(refused, number=n) for n in range(1, 24)]])
+    known = dataclasses.replace(ran_out, loss=3.0)  # it was evaluated before it ran out
+    assert not feasibility.exhausted([known, *[dataclasses.replace(refused, number=n) for n in range(1, 24)]])
     assert feasibility.exhausted([ran_out, *[dataclasses.replace(refused, number=n) for n in range(1, 25)]])
+    diverged = dataclasses.replace(other, state="pruned", diverged=True, reason="diverged: the loss is nan")
+    lost = [dataclasses.replace(one, number=n) for n, one in enumerate([diverged, ran_out, refused] * 8)]
+    waiting = dataclasses.replace(other, number=24, state="waiting", reason="")
+    assert feasibility.exhausted([*lost, waiting]) and not feasibility.exhausted([*lost[1:], waiting])
+    assert not feasibility.exhausted([dataclasses.replace(known, state="completed"), *lost]), "one can be trained"
+
+
+def test_what_no_money_mends_is_said() -> None:
+    """Proves when a raised cap is not advised: all that began was lost, or nobody is left to go on and none to ask."""
+
+    def said(trials: list[TrialRow], allowed: int | None = None) -> str | None:
+        study = SimpleNamespace(spec=SimpleNamespace(search=SimpleNamespace(trials=allowed)))
+        return standing.beyond_money(cast(Study, study), trials)
+
+    lost = [dataclasses.replace(row(n, "diverged: the loss is nan"), state="pruned", diverged=True) for n in (0, 1)]
+    dear = dataclasses.replace(row(2, "not started: its end is forecast at $1"), state="pruned")
+    found = said([*lost, dear])
+    assert found is not None and found.startswith("all 2 that began diverged or failed (the last one diverged: the los")
+    assert "search.learning_rate" in found and "search.batch_size" in str(said([row(0, "out of memory: step 1")]))
+    stopped = dataclasses.replace(dear, reason="projected $2 of $1", tokens=100, loss=3.0)
+    assert said([*lost, stopped]) is None, "with more money another is asked"
+    assert "raise search.trials" in str(said([*lost, stopped], allowed=3))
+    parked = dataclasses.replace(stopped, state="paused")
+    assert said([*lost, parked], allowed=3) is None and said([]) is None, "it may go on with more"
 
 
 @pytest.mark.parametrize(("kind", "package"), [("tpe", "optuna"), ("gp", "scipy"), ("cmaes", "cmaes")])

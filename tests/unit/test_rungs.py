@@ -22,6 +22,8 @@ from trainers.messages import TrialConfig
 
 PLAN = Plan(examples=100, run_tokens=10_000, rungs=(1_000, 2_500), rung_rows=16, rung_tokens=300, validation_tokens=900)
 
+RATE = Tariff.flat(3_600_000)  # a millisecond is a micro-dollar
+
 
 def trial(number: int, **values: object) -> TrialRow:
     """A trial's row."""
@@ -156,6 +158,65 @@ def test_a_load_that_is_held_is_not_counted_twice() -> None:
     assert (ready.prepaid_ms, ready.overhead) == (560_000, 0)
 
 
+def test_the_last_one_keeps_what_nobody_else_can_use() -> None:
+    """Proves that the leader that alone is left goes on while the money may bring it to its end, and is woken for it.
+
+    With one slow evaluation measured, a leader was parked with three quarters of the cap left, and nobody won.
+    """
+    projector = Projector(PLAN, 10_000_000, "cpu", 2)
+    best = trial(0, state="live", rung=0, target=1, tokens=1_000, loss=2.0)
+    results = Results([(0, 0, 2.0), (1, 0, 2.5)])
+    worse = trial(1, state="paused", rung=0, target=0, tokens=1_000, loss=2.5)
+    end = projector.among(1.0).to_end(best)
+
+    def funds(seconds: float, **changes: object) -> triage.Funds:
+        left = dataclasses.replace(money(10**12, 0), ready=True, **changes)
+        return dataclasses.replace(left, spent_now=10**12 - left.cost(seconds))
+
+    def stopped(trials: list[TrialRow], left: triage.Funds, begun: Results = results) -> list[int]:
+        return [one.number for one, _ in triage.triage(left, trials, begun, projector)]
+
+    lucky = funds((end.low + end.mean) / 2)
+    assert stopped([best, worse], lucky) == [] and stopped([best], funds(end.low / 2)) == [0]
+    assert stopped([best], dataclasses.replace(lucky, ready=False)) == [0], "for another load it is not risked"
+    other = trial(2, state="waiting", target=0)
+    assert sorted(stopped([best, other], lucky)) == [2], "who was never evaluated leaves it to the leader"
+    leader = dataclasses.replace(best, state="paused")
+    running = dataclasses.replace(worse, state="live", target=1)
+    assert stopped([leader, running], lucky) == [1], "the leader is woken instead"
+    done = trial(3, state="completed", rung=2, target=2, loss=1.0, full_loss=1.0)
+    assert stopped([best, done], lucky) == [0], "there is a winner, to whom the rest of the money is worth more"
+
+    def woken(left: triage.Funds, *others: TrialRow) -> bool:
+        waiting = dataclasses.replace(best, state="waiting")
+        return triage.last_chance(waiting, [waiting, *others], results, left, projector, begun=False)
+
+    assert woken(funds(end.mean + 0.01), worse) and not woken(lucky, worse), "not by luck alone: it was parked for that"
+    assert not woken(funds(end.mean + 0.01), running)
+
+
+def test_what_buys_no_whole_quantum_is_not_counted_on() -> None:
+    """Proves that money is counted as the provider sells time: of 115 s worth of it a machine runs for 60.
+
+    The rest was promised to trials, none of which came to its end. A second quantum is counted when it can be had.
+    """
+    minutes = dataclasses.replace(Tariff.flat(3_600_000), quantum_ms=60_000, minimum_ms=60_000)
+
+    def left(cap: int, worker: WorkerRow | None, spent: int = 0, held: int = 0, reserve: int = 0) -> int:
+        balances = Balances(cap, spent, held, cap - spent - held, 0, reserve, False, {})
+        following = minutes.following(1_500) if spent else minutes
+        return triage.funds(balances, 3_600_000, worker, 10_000, 2.0, following).left_now
+
+    assert left(115_000, None) == 60_000 and left(120_000, None) == 120_000 and left(59_999, None) == 0
+    assert left(175_000, None, reserve=60_000) == 60_000, "what is set apart is not the search's"
+    assert left(178_499, None, spent=60_000) == 60_000, "after a worker it is quanta again"
+    running = dataclasses.replace(loading(60_000, "ready"), tariff=minutes)
+    assert left(115_000, running, held=60_000) == 60_000 - 10_000
+    assert left(120_000, running, held=60_000) == 120_000 - 10_000
+    by_the_ms = triage.funds(Balances(115_000, 0, 0, 115_000, 0, 0, False, {}), 3_600_000, None, 0, 2.0, RATE)
+    assert by_the_ms.left_now == 115_000
+
+
 def test_promise_orders_across_rungs() -> None:
     """Proves the estimate behind triage: who came farther goes before an equal, a newcomer before a rung's last.
 
@@ -216,6 +277,21 @@ def test_the_cap_settles_the_rungs_of_a_spec() -> None:
         assert same.search.rungs == stored and len(facts["plan"]["rungs"]) == len(stored)
     banded, facts = settled(spec("$50", rungs="hyperband"))
     assert banded.search.rungs == "hyperband" and len(facts["plan"]["rungs"]) == 3
+
+
+def test_a_rung_that_is_an_end_is_left_out() -> None:
+    """Proves that derived rungs lie before the last step of the largest batch; those that the spec names stay."""
+    splits = {"train": {"rows": 64, "tokens": 6_400}, "validation": {"rows": 200, "tokens": 20_000}}
+    for batch, expected in ((16, (0.1,)), (4, (0.1, 0.8)), (64, ())):
+        given = spec("$50", batch_size=[4, batch])
+        facts = {"parameters": 10**8, "device": "cpu", "cores": 2, "data": {"splits": splits}}
+        facts["plan"] = dataclasses.asdict(plan.lengths(given.search, splits))
+        stored, found = plan.settle(given, facts, Quote(Tariff.flat(1_000_000), "hour", ""))
+        assert len(stored.search.rungs) == len(found["plan"]["rungs"]) == len(expected)
+        assert stored.search.rungs == pytest.approx(expected, abs=0.1)
+        assert ("the end alone" in found["notes"][0]) == (not expected)
+    listed = spec("$50", batch_size=16, rungs=[0.1, 0.8])
+    assert plan.settle(listed, facts, Quote(Tariff.flat(1_000_000), "hour", ""))[0].search.rungs == (0.1, 0.8)
 
 
 def test_hyperband_cycles_through_brackets() -> None:
