@@ -16,6 +16,7 @@ from pathlib import Path
 from sweep import current, endgame, feasibility, finale, records, rungs, seats, space, stopping, telling, triage, turns
 from sweep.allocation import allocation_of
 from sweep.apply import take_in
+from sweep.blame import Deaths, suspects
 from sweep.current import Current
 from sweep.decisions import decide
 from sweep.endgame import Race
@@ -28,13 +29,12 @@ from sweep.rungs import Results
 from sweep.store import Store
 from sweep.study import Memory
 from sweep.triage import Funds
-from sweep.workers import Workers, hopeless
+from sweep.workers import Workers
 from trainers.messages import BaseEvaluated, Checkpointed, Evaluated, Event, Method, Paused, Ready, Release, Slice, Stop
 
 POLL_SECONDS = 0.02
 STOP_MS = 25_000  # a worker that is told to stop has so long to checkpoint, or as long as the tail is paid for
 LATE_MS = 5_000  # a worker that lives so long beyond its paid time has no watchdog that works
-MAX_DEATHS = 3  # workers that die in a row before anything that they did was kept
 
 
 @dataclass
@@ -71,9 +71,9 @@ class Sweep:
         self.instructor = Instructor(launcher, self.projector.plan)
         self.asked_to = stopping
         self._stopping = False
-        self._deaths = 0
+        self._deaths = Deaths()
+        self._alone = self._suspects()  # trials that train with nobody beside them
         self._unreleased: Path | None = None  # the folder of a worker that ended, whose watchdog waits for a word
-        self._kept_before: tuple[int, ...] = ()
         self._disk_message = ""
         self._again = True  # a step is due although no event came
         self._said = False  # how the race ended
@@ -192,23 +192,21 @@ class Sweep:
         folder = Path(worker.folder)
         if not self.launcher.alive(folder):
             self.workers.see_dead(worker)
-        lost_disk = worker.why.startswith("disk")
-        with self.store.read() as connection:
-            kept = records.kept(connection, self.name)
         self.workers.bury(worker)
         self.instructor.forget()
         self._unreleased = folder
-        if lost_disk:
+        if worker.why.startswith("disk"):
             self._disk_message = f"the disk is full: {worker.why.removeprefix('disk: ')}"
             self._stopping = True
-        self._deaths = self._deaths + 1 if kept == self._kept_before else 1
-        self._kept_before = kept
-        if self._stopping or not (hopeless(worker) or (not worker.final and self._deaths >= MAX_DEATHS)):
-            return
-        words = f"the worker died {self._deaths} times and nothing that it trained was kept ({worker.why or 'killed'})"
-        if hopeless(worker):
-            words = f"the worker could not start: {worker.why.removeprefix('error: ')}"
-        raise WorkerError(words, f"see {folder / 'worker.log'}, then: sweep resume {self.name}")
+        self._alone = self._suspects()
+        with self.store.read() as connection:
+            enough = self._deaths.another(worker, records.kept(connection, self.name))
+        if enough and not self._stopping:
+            raise WorkerError(enough, f"see {folder / 'worker.log'}, then: sweep resume {self.name}")
+
+    def _suspects(self) -> set[int]:
+        with self.store.read() as connection:
+            return suspects(connection, self.name)
 
     def _let_go(self, *, stop: bool) -> None:
         """Releases the watchdog of the worker that ended, which waits to hear whether the machine is still needed."""
@@ -340,14 +338,16 @@ class Sweep:
     def _seat(self, *, filled: bool) -> None:
         """Gives free slots to those who wait longest and tells the worker, before anything slower is done."""
         trials, worker = self._everyone(), self._worker()
-        waiting = sorted((t for t in trials if t.state in {"waiting", "live"} and t.slot is None), key=lambda t: t.turn)
+        alone = self._alone = self._suspects() if self._alone else set()  # they come by a crash alone
+        waiting = [t for t in trials if t.state in {"waiting", "live"} and t.slot is None]
+        waiting.sort(key=lambda t: (t.number in alone, t.turn))
         if self._stopping or self.interrupted:
             waiting = []
         if worker is None and waiting:
             self._launch()
         elif worker is not None and worker.state == "ready":
             for trial in waiting:
-                if not seats.free(worker, trial, trials):
+                if not seats.free(worker, trial, trials, alone):
                     break  # nobody overtakes: one of another method would wait for ever that all slots are empty
                 with self.store.write() as connection:
                     seats.take(connection, self.name, worker, trial)

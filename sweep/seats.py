@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sqlalchemy import Connection
 
@@ -61,10 +61,12 @@ def batch(trials: Sequence[TrialRow]) -> float | None:
     return statistics.fmean(sizes) if sizes else None
 
 
-def free(worker: WorkerRow, trial: TrialRow, trials: Sequence[TrialRow]) -> bool:
-    """Whether a trial can be seated."""
+def free(worker: WorkerRow, trial: TrialRow, trials: Sequence[TrialRow], alone: Collection[int] = frozenset()) -> bool:
+    """Whether a trial can be seated; `alone` are those that share a worker with nobody, by number."""
     # One that was told to leave has left by the time the worker reads the next command.
     seated = [t for t in trials if t.slot == worker.id and t.state in {"live", "judging"}]
+    if seated and any(t.number in alone for t in [trial, *seated]):
+        return False
     same = all(t.config.method == trial.config.method for t in seated)
     return same and len(seated) < worker.slots.get(trial.config.method, 0)
 

@@ -94,7 +94,7 @@ attempt = Table(
     Column("worker", Text, nullable=False),
     Column("from_tokens", Micros, nullable=False),
     Column("tokens", Micros, nullable=False),
-    Column("ended", Text),  # paused, dropped, failed, lost; NULL while it lasts
+    Column("ended", Text),  # paused, dropped, failed, lost, crashed (sweep/blame.py); NULL while it lasts
     ForeignKeyConstraint(["study", "trial"], ["sweep_trial.study", "sweep_trial.number"]),
     sqlite_strict=True,
 )

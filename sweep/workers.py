@@ -17,7 +17,7 @@ from budgets.ledger import IDLE, Ledger
 from budgets.money import usd
 from budgets.schema import hold
 from budgets.tariff import Tariff
-from sweep import pricing, records, seats, slices, space, tables, triage
+from sweep import blame, pricing, records, seats, slices, space, tables, triage
 from sweep.apply import apply, end_attempt, rewind
 from sweep.audit import remember
 from sweep.errors import InvariantError, WorkerError
@@ -39,11 +39,6 @@ HEARTBEAT_MS = 1_000  # between two records of the watchdog
 DYING_MS = 250  # a worker outlives its watchdog by less: the kernel ends it (76 ms was the worst of 25)
 WAIT_MS = 5_000  # between two workers of one run; what is longer was a suspension, or a lock that somebody held
 LOOK_MS = 1_000  # a death that is found so soon after the last sign of life was seen as it happened
-
-
-def hopeless(worker: WorkerRow) -> bool:
-    """Whether a worker that ended could not use model or data, which no other one on this machine could either."""
-    return worker.load_ms is None and worker.why.startswith(("error: ModelError: ", "error: DataError: "))
 
 
 class Workers:
@@ -260,7 +255,7 @@ class Workers:
                 ended_ms, how = self._end(worker, record)
                 billed_ms = slices.settle_end(connection, self.study, worker, ended_ms, rest, how)
                 self._charged_until(connection, worker, ended_ms, billed_ms)
-            self._lose_trials(connection, worker)
+            self._lose_trials(connection, worker, crash=blame.crashed(record))
             values: dict[str, Any] = {"state": "ended", "why": worker.why or how}
             values["exit_code"] = record.exit_code if record else None
             records.set_worker(connection, worker.id, **values)
@@ -448,12 +443,16 @@ class Workers:
                 text = f"worker {worker.ordinal} left a record after all: {usd(returned)} return"
                 records.note(connection, self.study.name, "refund", text)
 
-    def _lose_trials(self, connection: Connection, worker: WorkerRow) -> None:
-        for trial in records.trials(connection, self.study.name):
-            if trial.slot == worker.id:
-                rewind(connection, self.study.name, trial)
-                if trial.attempt:
-                    end_attempt(connection, trial.attempt, "lost")
+    def _lose_trials(self, connection: Connection, worker: WorkerRow, *, crash: bool) -> None:
+        name = self.study.name
+        lost = [trial for trial in records.trials(connection, name) if trial.slot == worker.id]
+        trained = [trial for trial in lost if trial.state == "live"]
+        for trial in lost:
+            rewind(connection, name, trial)
+            if trial.attempt:
+                end_attempt(connection, trial.attempt, "crashed" if crash and trial in trained else "lost")
+        if crash:
+            blame.judge(connection, name, trained, worker.why or "no word")
 
     def _charge_gap(self) -> None:
         """On a machine that is billed from its boot, the time between a crash and the resume is idle time, and paid."""

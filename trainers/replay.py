@@ -13,8 +13,9 @@ The first curve whose `match` fits the configuration counts: a value must be equ
 `points` is a recorded table, tokens to loss, straight between its points and flat beyond them. The formula is
 `floor + curvature * log10(learning_rate / best_learning_rate)^2`, approached from `base_loss` as exp(-tokens / scale);
 above `diverges_above` the trial fails at its first step, and so it does, for lack of memory, on a curve that says
-`out_of_memory`. Losses are nats a token. `seed_spread` is the largest relative
-difference between two seeds. Sleeps are real time; without them a trial trains as fast as the worker can loop.
+`out_of_memory`; after `crashes_at` steps the whole worker ends with an error. Losses are nats a token. `seed_spread` is
+the largest relative difference between two seeds. Sleeps are real time; without them a trial trains as fast as the
+worker can loop.
 
 For examinations there may be `test_rows` (64) with `test_tokens` in all (as many a row as validation has),
 `retention_rows` (0), `row_spread` (0) and `forgetting` (0). Over all rows the loss is the curve's; a row's is off by
@@ -64,6 +65,7 @@ class Curve:
     curvature: float = 0.0
     diverges_above: float = math.inf
     out_of_memory: bool = False
+    crashes_at: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for a curve that is neither table nor formula."""
@@ -300,6 +302,8 @@ class ReplayEngine:
         if slot.curve.out_of_memory:
             del self._trials[number]
             raise TrialFailed(number, "out_of_memory", f"step {slot.step + 1}: the replay file says so")
+        if slot.step == slot.curve.crashes_at:
+            raise RuntimeError("the replay file says so")
         before = self.position(number).tokens
         slot.step += 1
         slot.losses.append(self._loss(slot))

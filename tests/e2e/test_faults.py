@@ -152,6 +152,27 @@ def test_a_worker_that_always_dies_before_it_keeps_anything_is_given_up(tmp_path
     assert spent(read(tmp_path)["accounts"]) < 100_000
 
 
+def test_a_trial_that_crashes_its_workers_fails_alone(tmp_path: Path) -> None:
+    """Proves that who ends every worker that it trains in, here in a pack of four, is found out.
+
+    After two crashes each trains alone until its next checkpoint; who crashes another worker alone has failed.
+    """
+    spec = write_spec(tmp_path, cap="$0.5", sleep=0.001, trials=5, rungs="none")
+    curves = json.loads((tmp_path / "curves.json").read_text())
+    curves |= {"slots": {"lora": 4, "full": 1}}
+    curves["curves"] = [{"match": {"number": 0}, "crashes_at": 12, **curves["default"]}]
+    (tmp_path / "curves.json").write_text(json.dumps(curves))
+    sweep("launch", str(spec), "--yes", cwd=tmp_path)
+    found = read(tmp_path)
+    culprit, *others = found["trials"]
+    assert culprit.state == "failed"
+    assert culprit.reason.startswith("its workers crashed 3 times, the last one with it alone (error: RuntimeError: ")
+    assert [trial.state for trial in others] == ["completed"] * 4
+    crashed = [attempt.trial for attempt in found["attempts"] if attempt.ended == "crashed"]
+    assert not crashed, "the others are above suspicion"
+    assert [worker.exit_code for worker in found["workers"]] == [1, 1, 1, 0]
+
+
 @pytest.mark.stress
 def test_a_stopped_watchdog_is_ended_by_the_orchestrator(tmp_path: Path) -> None:
     """Proves that nobody spends on behind a watchdog that hangs: both are killed soon after the paid time."""

@@ -16,7 +16,6 @@ from sweep.instruct import Instructor
 from sweep.projection import Plan
 from sweep.records import Study, TrialRow, WorkerRow
 from sweep.spec import Spec
-from sweep.workers import hopeless
 from trainers.messages import Admit, Drop, Pause, TrialConfig
 
 PLAN = Plan(examples=100, run_tokens=10_000, rungs=(1_000,), rung_rows=16, rung_tokens=300, validation_tokens=900)
@@ -111,15 +110,6 @@ def test_what_was_trained_counts_once_it_is_kept(tmp_path: Path) -> None:
             before, last = records.kept(connection, "words"), before
             assert before != last
     store.dispose()
-
-
-def test_what_no_other_worker_could_use_is_given_up_at_once() -> None:
-    """Proves that only a worker that never got ready, and names model or data, is the last of its study."""
-    why = "error: ModelError: cuda: this machine has 0 usable GPUs; use device cpu or auto"
-    started = cast(WorkerRow, SimpleNamespace(load_ms=None, why=why))
-    assert hopeless(started)
-    assert not hopeless(cast(WorkerRow, SimpleNamespace(load_ms=900, why=why)))
-    assert not hopeless(cast(WorkerRow, SimpleNamespace(load_ms=None, why="error: OutOfMemoryError: CUDA")))
 
 
 def test_a_gpu_that_is_not_there_is_refused_before_it_is_paid() -> None:
