@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from benchmarks.tables import SPACE, Row, Run, Table, choose_seed, cooldown_steps
 from trainers.engine import Engine, Evaluation, Kept, Position, TrialFailed, Warm
 from trainers.judging import Examination, Judge, Judgement, Measured
+from trainers.live import LiveTrial
 from trainers.messages import Command, Event, Progress, Ready, TrialConfig, UsageRecord, WorkerJob
 from trainers.meter import Kind, Meter, Timings
 from trainers.replay import ReplayEngines, remove_older
@@ -296,7 +297,7 @@ class _Worker(Worker):
         # A sign of life a second is a transaction each; here nothing is silent, so one at the end of a slice is enough.
         pass
 
-    def _out_of_time(self, evaluating: bool = False) -> bool:
+    def _out_of_time(self, evaluating: bool = False, trial: LiveTrial | None = None) -> bool:
         # As on the clock: no step may begin that would end after the work time.
         return not evaluating and self._meter.now_ns() + self._step_ns >= self._work_ms * 1_000_000
 
