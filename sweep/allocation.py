@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sweep import space
+from sweep import feasibility, space
 from sweep.curves import TINY, Array, Curves, Outlook, Points, fitted, rates, standardised
 from sweep.projection import Projector
 from sweep.proposals import anything, near
@@ -112,7 +112,7 @@ class Allocation:
     # What the model is asked
 
     def _view(self, trials: Sequence[TrialRow], results: Results) -> _View | None:
-        known = (t for t in trials if t.rung >= 0 or t.diverged or t.state == "failed")
+        known = (t for t in trials if t.rung >= 0 or feasibility.lost(t))
         parked = {t.number: (t.tokens, t.slot, t.checkpoint) for t in trials if t.state == "paused"}
         key = tuple((t.number, t.state, t.rung, t.diverged, parked.get(t.number)) for t in known)
         group = frozenset(trial.config.method for trial in trials)
@@ -125,7 +125,7 @@ class Allocation:
         if len(first) < STARTED:
             return None
         known = [t for t in trials if t.number in results.losses.get(t.rung, {})]
-        lost = [t for t in trials if t.rung < 0 and (t.diverged or t.state == "failed")][-MODELLED // 4 :]
+        lost = [t for t in trials if t.rung < 0 and feasibility.lost(t)][-MODELLED // 4 :]
         known = sorted(known, key=lambda t: (-t.rung, results.losses[t.rung][t.number], t.number))[:MODELLED]
         # Those that came to nothing repel as those that diverged later do.
         rows, rungs, losses = list(lost), [0] * len(lost), [math.inf] * len(lost)
@@ -137,7 +137,7 @@ class Allocation:
                     losses.append(math.inf if trial.diverged else results.losses[rung][trial.number])
         seen = self._points(rows, rungs)
         model = self._model(seen, standardised(np.array(losses), first))
-        open_ones = [t for t in known if not t.diverged and t.state != "failed"]
+        open_ones = [t for t in known if not feasibility.lost(t)]
         if not open_ones:
             return None
         last = len(self._lengths) - 1

@@ -14,18 +14,18 @@ from sqlalchemy import Connection, func, select
 
 from sweep import records, tables
 from sweep.records import TrialRow, WorkerRow
-from trainers.messages import UsageRecord
+from trainers.messages import EXIT_DISK, UsageRecord
 
 SUSPECT, BLAMED = 2, 3  # crashes of a trial's workers since its last checkpoint
 MAX_DEATHS = 3  # workers that die in a row before anything that they did was kept
-EXIT_DISK = 8  # of a worker whose disk is full
 _OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)  # by the kernel for want of memory, a provider, a user
 
 
 def crashed(record: UsageRecord | None) -> bool:
     """Whether a worker ended by itself, and not as it should, as its watchdog's last record says."""
-    ended = record is not None and record.ended and record.why == "exit"
-    return ended and record is not None and record.exit_code not in (None, 0, EXIT_DISK, *_OUTSIDE)
+    if record is None or not record.ended or record.why != "exit":
+        return False
+    return record.exit_code not in (None, 0, EXIT_DISK, *_OUTSIDE)
 
 
 def crashes(connection: Connection, name: str) -> dict[int, int]:

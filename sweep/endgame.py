@@ -18,7 +18,7 @@ from sqlalchemy import Connection, select, update
 
 from budgets.ledger import Ledger
 from budgets.money import affordable_ms, usd
-from sweep import records, space, tables
+from sweep import feasibility, records, space, tables
 from sweep.projection import Projector
 from sweep.records import Study, TrialRow
 from sweep.slices import Lengths
@@ -253,7 +253,7 @@ def candidates(study: Study, trials: Sequence[TrialRow], confirmations: Sequence
     found = []
     for trial in sorted(trials, key=lambda t: _order(t, study.spec.objective.metric)):
         config = replace(trial.config, number=0)
-        usable = trial.loss is not None and not trial.diverged and trial.state != "failed"
+        usable = trial.loss is not None and not feasibility.lost(trial)
         if not usable or config in seen:  # a space of few choices is asked for the same one twice
             continue
         seen.add(config)

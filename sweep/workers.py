@@ -281,9 +281,9 @@ class Workers:
 
     def _seen_on_meter(self, worker: WorkerRow) -> int | None:
         """The worker's meter when it was last seen alive; None if nobody looked."""
-        if self.study.timings is not None:
-            return None if self._seen_ms is None else worker.at_ms
-        return None if self._seen_ms is None else self._seen_ms - worker.origin_boot_ms
+        if self._seen_ms is None:
+            return None
+        return worker.at_ms if self.study.timings is not None else self._seen_ms - worker.origin_boot_ms
 
     def _observed(self, worker: WorkerRow) -> bool:
         """Whether a worker's death was seen just as it happened."""

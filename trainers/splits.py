@@ -13,7 +13,8 @@ tokenizers pad with the end-of-sequence token, which is trained here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from trainers.messages import TrialConfig
 
@@ -107,10 +108,23 @@ def cut(rows: Sequence[int], lengths: NDArray[np.int64], budget: int) -> list[li
 
 def load_split(folder: Path, name: str) -> Split:
     """Reads a prepared split. Raises DataError where it is missing or damaged."""
-    path = folder / f"{name}.safetensors"
-    try:
+    with _prepared(folder, name) as path:
         tensors = safetensors.numpy.load_file(path)
         return Split(tensors["ids"], tensors["offsets"], tensors["mask"])
+
+
+def longest(folder: Path, name: str) -> int:
+    """Tokens of the longest example of a prepared split. Its tokens are not read. Raises DataError as `load_split`."""
+    with _prepared(folder, name) as path, safe_open(path, "numpy") as file:
+        return int(np.diff(file.get_tensor("offsets")).max(initial=0))
+
+
+@contextmanager
+def _prepared(folder: Path, name: str) -> Iterator[Path]:
+    """The file of a split; what reading it raises becomes DataError."""
+    path = folder / f"{name}.safetensors"
+    try:
+        yield path
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; prepare the data first") from error
     except (SafetensorError, KeyError) as error:

@@ -26,6 +26,7 @@ from trainers.judging import Judge
 from trainers.live import LiveTrial, nowhere, refused
 from trainers.loading import LoadedEngines, RemoveOlder, any_method, load, occupancy
 from trainers.messages import (
+    EXIT_DISK,
     Admit,
     Admitted,
     BaseEvaluated,
@@ -57,7 +58,6 @@ from trainers.meter import Meter, open_meter
 from trainers.saving import DiskFull, Saver
 from trainers.stretch import Stretch
 
-EXIT_DISK = 8
 _KEEP_CHECKPOINTS = 2
 _PROGRESS_NS = 1_000_000_000  # between two reports of progress: of up to four trials, longer of more
 _LONGEST_PROGRESS = 5  # times as long at most; each trial's report is an event that somebody must read

@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainers import processes
+from trainers import processes, splits
 from trainers.messages import WorkerJob
-from trainers.splits import load_split
 
 _MOST = 8  # processes; each imports torch and transformers first
 _MAJOR, _MINOR = 75, 76  # CUdevice_attribute: compute capability
@@ -50,7 +49,7 @@ def compiling(job: WorkerJob) -> Iterator[list[subprocess.Popen[bytes]]]:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = max(1, min(_MOST, cores - 1))
-    longest = max(int(load_split(Path(job.data), name).lengths.max()) for name in ("train", "validation"))
+    longest = max(splits.longest(Path(job.data), name) for name in ("train", "validation"))
     wanted = {"slots": job.slots, "max_rank": job.max_rank, "longest": longest, "capability": found}
     # A child of the worker would take the watchdog's pid for its own parent's, and end itself.
     environment = {**os.environ, processes.WATCHDOG_PID: str(os.getpid())}
