@@ -17,7 +17,7 @@ from sweep import records, seats
 from sweep.pricing import SECONDS_A_TOKEN
 from sweep.records import Study, TrialRow
 from sweep.tables import CONFIRMATIONS
-from trainers.messages import Checkpointed, Evaluated, Method, Paused, TrialConfig
+from trainers.messages import WRITERS, Checkpointed, Evaluated, Method, Paused, TrialConfig
 
 # Effective FLOP/s before anything was measured. Small models reach far less of a GPU than large ones; the first
 # evaluations correct this by whatever factor it is wrong.
@@ -120,13 +120,15 @@ class Projector:
         flops: float | None = None,
         layers: int = 0,
         batches: Sequence[int] = (),
+        writers: int = 1,
     ) -> None:
         """`unit` Mtok: the meter runs on tokens (sweep/pricing.py), so what a token takes is known.
 
         `per_rank`: by targets, how many parameters an adapter has for each unit of rank, where the launch saw them.
         `probes`: a worker may have to find its slots before it is ready. `examination`: what comes after a last
         evaluation. `flops`: a second, as an earlier study measured them on such a machine. `layers`: of the model, each
-        of which a GPU needs a while for, however little it does. `batches`: the sizes that the space has.
+        of which a GPU needs a while for, however little it does. `batches`: the sizes that the space has. `writers`: as
+        many adapters are written at once at a worker's end.
         """
         self.plan = plan
         self.parameters = parameters
@@ -135,6 +137,7 @@ class Projector:
         self.batch: float | None = None  # their mean batch size; None: whoever is asked about has such as itself
         self._wanders = WANDERS * pstdev(map(math.log, batches)) if batches else 0.0
         self._per_rank = per_rank or {}
+        self._writers = writers
         self._examination = examination
         self._probe_seconds = PROBE_SECONDS if probes else 0.0
         self._run_tokens = plan.run_tokens
@@ -214,7 +217,7 @@ class Projector:
 
         `confirms`: that evaluation may be a confirmation's.
         """
-        counts = {method: slots if method == "lora" else 1 for method in methods}
+        counts = {method: math.ceil(slots / self._writers) if method == "lora" else 1 for method in methods}
         each = [self._written(m, count) + self._last(m, confirms=confirms) for m, count in counts.items()]
         return max(each, key=lambda seconds: seconds.high)
 
@@ -455,6 +458,7 @@ def untaught(study: Study) -> Projector:
         facts.get("flops"),
         facts.get("layers", 0),
         study.spec.search.batch_size,
+        1 if study.timings is not None else WRITERS,
     )
 
 

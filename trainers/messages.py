@@ -34,6 +34,7 @@ FailureCode = Literal["diverged", "out_of_memory", "disk", "error"]
 # In the environment of everything that a worker starts: the worker's folder.
 WORKER_FOLDER = "SWEEP_WORKER_FOLDER"
 EXIT_DISK = 8  # of a worker whose disk is full
+WRITERS = 4  # adapters' checkpoints that a worker writes at once, where others train meanwhile
 MAX_COMMAND_BYTES = 4096  # PIPE_BUF on Linux: a longer write to the FIFO could be torn by a kill
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from trainers.engine import Engine
 from trainers.live import LiveTrial
-from trainers.messages import Method
+from trainers.messages import WRITERS, Method
 from trainers.meter import Meter
 
 _NS_PER_MS = 1_000_000
@@ -48,7 +48,7 @@ class DiskFull(Exception):
 class Saver:
     """Checkpoints the trials of a worker, at most one write of a trial at a time."""
 
-    threads = 4  # that write at once: forcing files to the disk is waiting, not work
+    threads = WRITERS  # that write at once: forcing files to the disk is waiting, not work
 
     def __init__(
         self,
