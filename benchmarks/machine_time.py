@@ -50,7 +50,7 @@ from trainers.messages import (
 _LOOK_S = 0.5
 
 
-class _Looks(threading.Thread):
+class Looks(threading.Thread):
     """Samples the GPU's utilization; `seen` are (CLOCK_BOOTTIME ms, percent)."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class _Looks(threading.Thread):
         self.join()
 
 
-def _grouped(usage: dict[str, int]) -> dict[str, float]:
+def grouped(usage: dict[str, int]) -> dict[str, float]:
     """Seconds by cost centre; all trials are one."""
     found: dict[str, float] = {}
     for centre, ms in usage.items():
@@ -104,7 +104,7 @@ def worker_line(folder: Path, looks: Sequence[tuple[float, float]]) -> dict[str,
     if ready is None or first is None:
         return None
     last = events[-1]
-    before, after = _grouped(first.usage), _grouped(last.usage)
+    before, after = grouped(first.usage), grouped(last.usage)
     passed = (last.at_ms - first.at_ms) / 1000
     scored = sum(e.examine_ms for e in events if isinstance(e, BaseExamined)) / 1000
     worked = after.get("trials", 0.0) - before.get("trials", 0.0) + scored
@@ -116,7 +116,7 @@ def worker_line(folder: Path, looks: Sequence[tuple[float, float]]) -> dict[str,
         "device": ready.device,
         "slots": ready.slots,
         "start_up_seconds": ready.at_ms / 1000,
-        "start_up_usage": _grouped(ready.usage),
+        "start_up_usage": grouped(ready.usage),
         "usage_seconds": after,
         "seconds_after_first_admission": round(passed, 3),
         "beside_share": round(1 - worked / passed, 4),
@@ -144,7 +144,7 @@ def main(arguments: list[str]) -> int:
     overrides = [part for text in options.set for part in ("--set", text)]
     command = [sys.executable, "-m", "sweep", "launch", str(options.spec.absolute()), "--yes", "--anyway", *overrides]
     known = set(folder.glob("runs/*/workers/*"))
-    looks = _Looks()
+    looks = Looks()
     looks.start()
     with subprocess.Popen(command, cwd=folder) as study:
         # A time limit stops the study as Ctrl-C would; what there is by then is printed all the same.
