@@ -119,6 +119,9 @@ class TableEngine:
             raise TrialFailed(slot.config.number, "diverged", f"step {slot.step}: loss nan")
         slot.losses.append(self._table.loss(slot.run, slot.share))
 
+    def finish(self) -> None:
+        """See Engine."""
+
     def position(self, trial: int) -> Position:
         """See Engine."""
         return self._trials[trial].position

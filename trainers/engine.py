@@ -94,8 +94,12 @@ class Engine(Protocol):
         """Trains all admitted trials short of their targets until one arrives, or `pause()` is true after a step.
 
         Returns the trials that stand at their targets. Raises TrialFailed for one trial at a time; where several
-        failed, the next calls raise for the others.
+        failed, the next calls raise for the others. Where nobody arrived the last steps may still be under way on the
+        device: what reads them waits.
         """
+
+    def finish(self) -> None:
+        """Waits for the steps that `advance` left under way, if what comes next shall not be charged for them."""
 
     def position(self, trial: int) -> Position:
         """Where the trial stands."""

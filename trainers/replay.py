@@ -208,6 +208,9 @@ class ReplayEngine:
                 break
         return [number for number, slot in self._trials.items() if self._arrived(slot)]
 
+    def finish(self) -> None:
+        """See Engine."""
+
     def position(self, trial: int) -> Position:
         """See Engine."""
         slot = self._trials[trial]

@@ -314,6 +314,8 @@ class Worker:
         with self._meter.shared(stretch.moved):
             try:
                 self._engine().advance(self._must_pause)
+                if self._pausing():
+                    self._engine().finish()
             except TrialFailed as error:
                 failure = error
             stretch.account(failure.trial if failure else None)
@@ -332,15 +334,16 @@ class Worker:
         now_ns = self._meter.now_ns()
         self._step_ns = max(int(self._step_ns * _STEP_DECAY), now_ns - self._step_mark_ns)
         self._step_mark_ns = now_ns
-        trained_ns = self._trained_so_far_ns()
+        due = self._trained_so_far_ns() - self._progress_mark_ns >= self._progress_ns()
+        return due or self._pausing() or self._saver.waiting or self._inbox.waiting()
+
+    def _pausing(self) -> bool:
+        """Whether something comes next that uses the device, and pays for it."""
         return (
             self._terminated
-            or trained_ns - self._progress_mark_ns >= self._progress_ns()
             or self._out_of_time()
             or any(self._checkpoint_due(trial) for trial in self._trials.values())
-            or self._saver.waiting
             or self._arrivals.waiting
-            or self._inbox.waiting()
         )
 
     def _progress_ns(self) -> int:

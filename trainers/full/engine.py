@@ -220,6 +220,9 @@ class FullEngine:
         self._settle(run, 0)
         return [run.config.number] if run.arrived else []
 
+    def finish(self) -> None:
+        """Nothing: `advance` waits for all its steps."""
+
     def _step(self, run: Run) -> None:
         """One optimizer step. A lack of memory ends the trial instead."""
         config, step = run.config, run.step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from trainers.messages import TrialConfig
 
 ADAPTER = "adapter_model.safetensors"
 WEIGHTS = "weights"
-PIECE = 1 << 20  # elements that are copied at a time
+PIECE = 1 << 22  # bytes that are copied from a GPU at a time
 
 
 def lora_config(config: TrialConfig, endings: list[str]) -> LoraConfig:
@@ -74,10 +75,8 @@ class Buffers:
     def on_host(self) -> Buffers:
         """The same when it is there, on the host; for any thread.
 
-        A copy that training would not wait for needs pinned memory, and allocating that seems to have stopped all:
-        tens to hundreds of milliseconds for each of a few checkpoints (docs/log.md). In a stream of its own a copy
-        may be waited for: one of high priority, as those of the usual pool are handed out in turn, and graphs are
-        captured in one of them.
+        In a stream of its own a copy may be waited for: one of high priority, as those of the usual pool are handed
+        out in turn, and graphs are captured in one of them.
         """
         if self.ready is None:
             return self
@@ -89,11 +88,26 @@ class Buffers:
             return Buffers(piecewise(self.weights), {name: piecewise(each) for name, each in self.moments.items()})
 
 
+_own = threading.local()  # .pinned: this thread's, of PIECE bytes
+
+
 def piecewise(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the host of a flat tensor, which is waited for. While such a copy runs no thread launches anything."""
+    """A copy on the host of a flat tensor, which is waited for, through pinned memory that is the thread's own.
+
+    While a GPU copies into other memory, no thread launches anything; and allocating as much pinned memory as a
+    checkpoint needs stops all for tens to hundreds of milliseconds (docs/log.md).
+    """
     copy = torch.empty(tensor.shape, dtype=tensor.dtype)
-    for piece, source in zip(copy.split(PIECE), tensor.split(PIECE), strict=True):
-        piece.copy_(source)
+    if not hasattr(_own, "pinned"):
+        _own.pinned = torch.empty(PIECE, dtype=torch.uint8, pin_memory=tensor.is_cuda)
+    pinned = _own.pinned.view(tensor.dtype)
+    for piece, source in zip(copy.split(len(pinned)), tensor.split(len(pinned)), strict=True):
+        landed = pinned[: len(source)].copy_(source, non_blocking=True)
+        if tensor.is_cuda:
+            there = torch.cuda.Event(blocking=True)
+            there.record()
+            there.synchronize()
+        piece.copy_(landed)
     return copy
 
 

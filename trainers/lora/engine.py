@@ -201,6 +201,7 @@ class LoraEngine:
 
     def train_loss(self, trial: int) -> float:
         """Mean training loss (nats a completion token) over the steps since the last call; nan if there were none."""
+        self._settle(0)
         return self._of(trial).take_loss()
 
     def occupancy(self) -> float:
@@ -216,7 +217,7 @@ class LoraEngine:
     def advance(self, pause: Callable[[], bool]) -> list[int]:
         """Trains all trials short of their targets until one arrives, or `pause()` is true after a micro-step.
 
-        Returns the trials that stand at their targets. Raises TrialFailed for one that can't go on.
+        Returns the trials that stand at their targets. Raises TrialFailed for one that can't go on. See Engine.
         """
         training = [live for live in self._trials.values() if not live.arrived]
         with self._at_work():
@@ -225,13 +226,18 @@ class LoraEngine:
                 self._micro_step(training)
                 if pause():
                     break
-        self._settle(0)
+        arrived = [number for number, live in self._trials.items() if live.arrived]
+        self._settle(0 if arrived else _REPORTS_AHEAD)
         if self._failures:
             failure = self._failures.pop(0)
             if failure.trial in self._trials:
                 self.drop(failure.trial)
             raise failure
-        return [number for number, live in self._trials.items() if live.arrived]
+        return arrived
+
+    def finish(self) -> None:
+        """Waits until all steps that were begun are done. What fails in them, the next `advance` raises."""
+        self._settle(0)
 
     def _micro_step(self, training: list[Live]) -> None:
         """Runs one stream, and the optimizer step of every trial whose batch it completes."""
@@ -313,14 +319,14 @@ class LoraEngine:
     @torch.no_grad()
     def _step(self, complete: list[Live]) -> None:
         """The optimizer steps of trials whose batches are complete; nothing here waits for a GPU."""
-        norms = self._runner.step([live.slot for live in complete], [self._rate(live) for live in complete])
+        rates = [rate(live.config, live.step, len(live.batches)) for live in complete]
+        norms = self._runner.step([live.slot for live in complete], rates)
         sums = [self._sums_of[live.index] for live in complete]
         figures = torch.stack((torch.stack(sums), norms.double()), dim=1)
         torch._foreach_zero_(sums)
         for live in complete:
             live.step += 1
-            assert live.batch is not None
-            live.tokens += sum(live.batch.lengths)
+            live.tokens += sum(self._batch(live).lengths)
             live.batch = None
         arrived = None
         if figures.is_cuda:
@@ -328,9 +334,6 @@ class LoraEngine:
             arrived = torch.cuda.Event()
             arrived.record()
         self._reports.append(_Report([(live, live.step) for live in complete], figures, arrived))
-
-    def _rate(self, live: Live) -> float:
-        return rate(live.config, live.step, len(live.batches))
 
     def _settle(self, ahead: int) -> None:
         """Reads the figures of all but the last `ahead` reports, and judges the trials by them."""

@@ -352,6 +352,8 @@ class GpuRunner:
 
     def _forget(self) -> None:
         """Drops all frames and their graphs. A pool whose last graph is gone can take no other."""
+        if self._frames:
+            torch.cuda.synchronize()  # one may still run
         self._frames.clear()
         self._pool = torch.cuda.graph_pool_handle()
         self.kept = Kept()

@@ -79,16 +79,17 @@ def pack(packed: PackedGroup) -> None:
         base = type(linear)
         if base not in _packed:
             _packed[base] = type(f"Packed{base.__name__}", (_Packed, base), {"base_class": base})
-        linear.__class__ = _packed[base]
-        linear.packed, linear.member = packed, member  # type: ignore[assignment]
+        # Past nn.Module's own __setattr__, which looks for parameters: hundreds of layers change at every judgement.
+        vars(linear).update(packed=packed, member=member)
+        object.__setattr__(linear, "__class__", _packed[base])
 
 
 def unpack(packed: PackedGroup) -> None:
     """Makes a group's linears what they were."""
     for linear in packed.group.linears:
         if isinstance(linear, _Packed):
-            linear.__class__ = linear.base_class
-            del linear.packed, linear.member
+            object.__setattr__(linear, "__class__", linear.base_class)
+            del vars(linear)["packed"], vars(linear)["member"]
 
 
 @torch.library.custom_op("sweep::packed_linears", mutates_args=())
