@@ -69,7 +69,7 @@ def apply(connection: Connection, study: Study, worker: WorkerRow, event: Event,
             why = f"{event.reason}: {event.message}" if event.message else event.reason
             records.set_worker(connection, worker.id, why=why)
         case TrialEvent():
-            trial = next((t for t in records.trials(connection, study.name) if t.number == event.trial), None)
+            trial = records.trial(connection, study.name, event.trial)
             # A worker that was replaced may still have spoken of a trial that has another attempt by now.
             if trial is None or trial.attempt != event.attempt:
                 return False

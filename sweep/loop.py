@@ -30,7 +30,7 @@ from sweep.store import Store
 from sweep.study import Memory
 from sweep.triage import Funds
 from sweep.workers import Workers
-from trainers.messages import BaseEvaluated, Checkpointed, Evaluated, Event, Method, Paused, Ready, Release, Slice, Stop
+from trainers.messages import BaseEvaluated, Checkpointed, Evaluated, Event, Method, Paused, Ready, Release, Stop
 
 POLL_SECONDS = 0.02
 STOP_MS = 25_000  # a worker that is told to stop has so long to checkpoint, or as long as the tail is paid for
@@ -139,7 +139,7 @@ class Sweep:
         if self.workers.follow_price(self._worker(), self._lengths):
             self.study = self.workers.study
             if (worker := self._worker()) is not None:
-                self.launcher.send(Path(worker.folder), self._slice(worker))
+                self.launcher.send(Path(worker.folder), self.workers.slice(worker, self._lengths))
 
     def _settle(self) -> bool:
         """Applies the next events, pays for the next slice when it is due, sees a dead worker out."""
@@ -154,7 +154,7 @@ class Sweep:
         # Paid for before its events are read: a pack may say more than we can keep up with.
         renews = not (over or self._stopping)
         if renews and self.workers.renewal_due(worker, self._lengths, self._gap_ms):
-            self.launcher.send(folder, self._slice(self.workers.renew(worker, self._lengths)))
+            self.launcher.send(folder, self.workers.slice(self.workers.renew(worker, self._lengths), self._lengths))
             return True
         if renews and self.study.timings is None and self._search_is_over(worker):
             return True
@@ -165,28 +165,26 @@ class Sweep:
                     self._gap_ms, heard_ms = max(event.at_ms - heard_ms, self._gap_ms * 3 // 4), event.at_ms
                 if new:  # what is not stored would not be learned again after a restart
                     self._learn(event)
+            self._lengths = self.workers.lengths(self._gap_ms)
             return True
         if over:
             self._bury(worker)
             return True
         if self.study.timings is None and self.workers.now_ms(worker) > worker.paid_ms + LATE_MS:
             self.launcher.stop(folder)  # its watchdog is stopped or hangs: nobody else ends it
-            return False
         return False
 
     def _learn(self, event: Event) -> None:
         if isinstance(event, Evaluated | Paused | Checkpointed):
-            trial = next(t for t in self._everyone() if t.number == event.trial)
+            with self.store.read() as connection:
+                trial = records.trial(connection, self.name, event.trial)
+            assert trial is not None
             self.projector.observe(trial.config, event)
         elif isinstance(event, Ready):
             self.projector.observe_load(event.at_ms)
         elif isinstance(event, BaseEvaluated):
             with self.store.read() as connection:
                 self.study = self.workers.study = records.own_study(connection, self.name, self.study.fence)
-        self._lengths = self.workers.lengths(self._gap_ms)
-
-    def _slice(self, worker: WorkerRow) -> Slice:
-        return self.workers.slice(worker, self._lengths)
 
     def _bury(self, worker: WorkerRow) -> None:
         folder = Path(worker.folder)
@@ -438,7 +436,7 @@ class Sweep:
             return
         self._stop_if_done(worker, self._everyone(), filled)
         if worker.state == "ready" and not self._stopping:
-            now, paid = self._now(), self._slice(worker)
+            now, paid = self._now(), self.workers.slice(worker, self._lengths)
             self.instructor.instruct(self.study, worker, now.everyone, paid, examined=now.examined)
 
     # Stop

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Table, func, select, update
+from sqlalchemy import Connection, Select, Table, func, select, update
 
 from budgets.tariff import Tariff
 from sweep import clock, tables
@@ -163,15 +163,23 @@ def study_names(connection: Connection) -> list[str]:
 
 def trials(connection: Connection, name: str) -> list[TrialRow]:
     """All trials of a study by number."""
+    return [_trial(tuple(row)) for row in connection.execute(_of_study(name).order_by(tables.trial.c.number))]
+
+
+def trial(connection: Connection, name: str, number: int) -> TrialRow | None:
+    """One trial of a study; None: there is none of this number."""
+    row = connection.execute(_of_study(name).where(tables.trial.c.number == number)).one_or_none()
+    return None if row is None else _trial(tuple(row))
+
+
+def _of_study(name: str) -> Select[Any]:
     columns = [tables.trial.c[field] for field in _TRIAL_FIELDS]
-    query = select(*columns).where(tables.trial.c.study == name).order_by(tables.trial.c.number)
-    return [_trial(tuple(row)) for row in connection.execute(query)]
+    return select(*columns).where(tables.trial.c.study == name)
 
 
-@functools.lru_cache(
-    maxsize=1 << 14
-)  # most rows are as they were when they were last read, and a loop reads them often
+@functools.lru_cache(maxsize=1 << 14)
 def _trial(row: tuple[Any, ...]) -> TrialRow:
+    # Most rows are as they were when they were last read, and a loop reads them often.
     values = dict(zip(_TRIAL_FIELDS, row, strict=True))
     values |= {"config": TrialConfig(**json.loads(values["config"]))}
     values |= {"diverged": bool(values["diverged"]), "told": bool(values["told"])}
