@@ -27,11 +27,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trainers import metrics
 from trainers.metrics import MetricError
 from trainers.named import ModelError, data_file, model_folder
 from trainers.splits import DataError
 
 BAD_INPUT, DISK_FULL = 7, 8
+PARTS = ("train", "validation", "test", "retention")
 
 
 def _silence() -> None:
@@ -91,9 +93,14 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     `linear_shapes` is a list of [inputs, outputs, how many]; `trained_parameters_per_rank` is, by kind of targets, how
     many parameters a LoRA adapter has for each unit of rank. Raises ModelError, DataError, MetricError and OSError.
     """
+    metric = request.get("metric", metrics.LOSS)
+    if metric != metrics.LOSS:
+        metrics.find(metric, str(Path.cwd()))
+    given = _read(request)
+
+    # Imported after what can be refused without them, since they take seconds.
     from trainers import models
     from trainers.data import prepare
-    from trainers.metrics import LOSS
     from trainers.quantised import check_quantised
 
     folder = models.resolve(request["model"])
@@ -110,15 +117,12 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
         per_rank[targets] = sum(m.in_features + m.out_features for m in linears)
     data = prepare(
         tokenizer,
-        train=request["train"],
-        validation=request["validation"],
-        test=request["test"],
+        **given,
         max_tokens=request["max_tokens"],
         seed=request["seed"],
         folder=Path(request["out_folder"]),
         model=request["model"],
-        retention=request.get("retention"),
-        metric=request.get("metric", LOSS),
+        metric=metric,
         choices=request.get("choices"),
         max_new_tokens=request.get("max_new_tokens"),
     )
@@ -140,10 +144,18 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _read(request: dict[str, Any]) -> dict[str, Any]:
+    """The rows of every source of data, and the shares, by what they are for. Raises DataError, OSError."""
+    from trainers.rows import read
+
+    named = {part: request.get(part) for part in PARTS}
+    return {part: read(given) if isinstance(given, str) else given for part, given in named.items()}
+
+
 def _look_at_names(request: dict[str, Any]) -> None:
     """Raises ModelError or DataError for a local folder or file that cannot be one."""
     model_folder(request["model"])
-    for part in ("train", "validation", "test", "retention"):
+    for part in PARTS:
         if isinstance(source := request.get(part), str):
             data_file(source)
 

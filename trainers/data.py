@@ -216,13 +216,13 @@ class _Preparation:
         self.seen: set[bytes] = set()
         self.sources: dict[str, dict[str, Any]] = {}
 
-    def examples(self, name: str, source: str) -> list[_Kept]:
+    def examples(self, name: str, source: str | Source) -> list[_Kept]:
         """Reads, de-duplicates and tokenises one source. That of retention is de-duplicated on its own.
 
         Rows are duplicates too where they differ in nothing that is trained or read: in keys that the chat template
         leaves out, or beyond max_tokens.
         """
-        read_source = read(source)
+        read_source = read(source) if isinstance(source, str) else source
         self.sources[name] = {
             "name": read_source.name,
             "format": read_source.format,
@@ -370,21 +370,22 @@ class _Answers:
 def prepare(
     tokenizer: PreTrainedTokenizerBase,
     *,
-    train: str,
-    validation: float | str,
-    test: float | str | None,
+    train: str | Source,
+    validation: float | str | Source,
+    test: float | str | Source | None,
     max_tokens: int,
     seed: int,
     folder: Path,
     model: str,
-    retention: str | None = None,
+    retention: str | Source | None = None,
     metric: str = metrics.LOSS,
     choices: Sequence[str] | None = None,
     max_new_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Tokenises and splits the data into `folder` and returns the content of its data.json.
 
-    `validation` and `test` are shares of the training file (0 to 1) or sources of their own; `test` may be None. Rows
+    Sources are named, or were read before (trainers/rows.py). `validation` and `test` are shares of the training file
+    (0 to 1) or sources of their own; `test` may be None. Rows
     of the test source are dropped from validation and training, and those of validation from training, as duplicates.
     `retention` is a source of its own, all of whose rows form a split. `choices` are of the metric accuracy; None: the
     distinct completions of the training rows. `max_new_tokens` is what is generated for a metric on text: how many
@@ -402,7 +403,7 @@ def prepare(
     run = _Preparation(tokenizer, max_tokens, seed)
     parts: dict[str, list[_Kept]] = {"test": []}
     for name, source in (("test", test), ("validation", validation), ("train", train), (RETENTION, retention)):
-        if isinstance(source, str):
+        if isinstance(source, str | Source):
             parts[name] = run.examples(name, source)
     total = len(parts["train"])
     for name, share in (("test", test), ("validation", validation)):

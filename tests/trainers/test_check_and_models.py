@@ -66,13 +66,13 @@ def test_good_input_is_described(model_folder: Path, rows_file: Path, tmp_path: 
     assert sum(split["rows"] for split in answer["data"]["splits"].values()) == 60
 
 
-def test_bad_input_is_one_line_and_exit_code_7(model_folder: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_line_and_exit_code_7(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     """Bad data and a model that cannot be had are one line of JSON and exit code 7, without a traceback."""
-    bad = tmp_path / "rows.jsonl"
+    bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question": "a"}\n')
     for content, kind, said in (
-        (request(model_folder, bad, tmp_path / "out"), "data", "rows.jsonl: has columns question"),
-        (request("nobody/nothing", bad, tmp_path / "out"), "model", "nobody/nothing: is no local folder"),
+        (request(model_folder, bad, tmp_path / "out"), "data", "bad.jsonl: has columns question"),
+        (request("nobody/nothing", rows_file, tmp_path / "out"), "model", "nobody/nothing: is no local folder"),
     ):
         done = ask(tmp_path, content)
         assert (done.returncode, done.stderr) == (7, "")
