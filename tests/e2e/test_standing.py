@@ -23,7 +23,7 @@ def told(folder: Path) -> tuple[str, str, str]:
 
 def test_a_study_whose_processes_were_killed_does_not_look_alive(tmp_path: Path) -> None:
     """Proves each stage: driven, left by its orchestrator, left by its worker too, resumed and over, closed."""
-    spec = write_spec(tmp_path, cap="$1", sleep=0.001, trials=2)
+    spec = write_spec(tmp_path, cap="$1", sleep=0.002, trials=2)
     driver = start("launch", str(spec), "--yes", cwd=tmp_path)
     worker = tmp_path / "runs" / "words" / "workers" / "001"
     wait_for(lambda: (worker / "events.jsonl").exists() and "progress" in (worker / "events.jsonl").read_text())

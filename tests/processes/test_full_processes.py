@@ -81,7 +81,7 @@ def test_compiled_layers_are_computed_again_where_that_is_wanted(prepared: Path,
     calls = [["admit", CONFIG, None], ["train", 2, 2], ["kept", 2], ["train", 2, 3]]
     sparing = {"compiled": True, "job": {"checkpointing": True}}
     eager, plain, spared = drive(
-        prepared, tmp_path, (2, calls, {}), (2, calls, {"compiled": True}), (2, calls, sparing)
+        prepared, tmp_path, (1, calls, {}), (2, calls, {"compiled": True}), (2, calls, sparing)
     )
     assert spared[2] < 0.6 * plain[2]
     assert all(same([*found[1], *found[3]], [*eager[1], *eager[3]]) for found in (plain, spared))
@@ -93,15 +93,16 @@ def test_pauses_move_between_one_and_two_processes(prepared: Path, tmp_path: Pat
     What two processes write is a folder as one writes it.
     """
     first, second = str(tmp_path / "trial" / "step-7"), str(tmp_path / "trial" / "step-14")
-    whole, stayed, alone, back, again = drive(
+    fresh: list[list[Any]] = [["admit", CONFIG, None], ["train", 2, 7], ["checkpoint", 2, first], ["train", 2, 14]]
+    whole, stayed, alone, back = drive(
         prepared,
         tmp_path,
         (1, [["admit", CONFIG, None], ["train", 2, WHOLE]], {}),
-        (2, [["admit", CONFIG, None], ["train", 2, 7], ["checkpoint", 2, first], ["train", 2, 14]], {}),
+        (2, [*fresh, ["drop", 2], ["admit", CONFIG, first], ["train", 2, 14]], {}),
         (1, [["admit", CONFIG, first], ["train", 2, 7], ["checkpoint", 2, second]], {}),
         (2, [["admit", CONFIG, second], ["train", 2, 7]], {}),
-        (2, [["admit", CONFIG, first], ["train", 2, 14]], {}),
     )
+    again = stayed[-2:]
     assert (alone[0], back[0], again[0]) == (7, 14, 7)
     assert same([*stayed[1], *alone[1], *back[1]], whole[1])
     assert again[1] == stayed[3]
