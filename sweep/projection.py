@@ -217,8 +217,8 @@ class Projector:
 
         `confirms`: that evaluation may be a confirmation's.
         """
-        counts = {method: math.ceil(slots / self._writers) if method == "lora" else 1 for method in methods}
-        each = [self._written(m, count) + self._last(m, confirms=confirms) for m, count in counts.items()]
+        each = [self._pack_written(slots) if method == "lora" else self._written(method, 1) for method in methods]
+        each = [one + self._last(m, confirms=confirms) for one, m in zip(each, methods, strict=True)]
         return max(each, key=lambda seconds: seconds.high)
 
     def ending(self, methods: tuple[Method, ...]) -> Seconds:
@@ -245,6 +245,11 @@ class Projector:
 
     def _last(self, method: Method, *, confirms: bool) -> Seconds:
         return self.evaluation(method, self.plan.validation_tokens) + self.examined(method, confirms=confirms)
+
+    def _pack_written(self, slots: int) -> Seconds:
+        """The adapters of all slots, several at once: each round may be late, and a disk may take one at a time."""
+        rounds, alone = (self._written("lora", count) for count in (math.ceil(slots / self._writers), slots))
+        return Seconds(rounds.mean, rounds.low, max(rounds.high, alone.mean))
 
     def _written(self, method: str, count: float) -> Seconds:
         one = self.forecast.seconds(self._piece("write", method))
