@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, select
 
 from budgets.ledger import Ledger
 from budgets.money import affordable_ms, usd
@@ -227,8 +227,7 @@ def begin(connection: Connection, study: Study, stopped: str | None = None, spen
         return False
     facts["endgame_turn"] = records.next_turn(records.trials(connection, study.name))
     records.set_study(connection, study.name, phase="endgame", facts=facts)
-    mine = (tables.worker.c.study == study.name) & (tables.worker.c.state != "ended")
-    connection.execute(update(tables.worker).where(mine).values(final=0))
+    records.pay_on(connection, study.name)
     released = f"the reserve of {usd(freed)} is released" if freed else "nothing was in reserve"
     records.note(connection, study.name, "endgame", f"the search is over; {released}")
     return True

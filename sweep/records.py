@@ -314,6 +314,12 @@ def _plain(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, dict) else value.dumps() if isinstance(value, Tariff) else value
 
 
+def pay_on(connection: Connection, name: str) -> None:
+    """A living worker's slice is not its last: there is money again."""
+    mine = (tables.worker.c.study == name) & (tables.worker.c.state != "ended")
+    connection.execute(update(tables.worker).where(mine).values(final=0))
+
+
 def set_study(connection: Connection, name: str, **values: Any) -> None:
     """Updates columns of one study."""
     _one(connection, tables.study, tables.study.c.name == name, {k: _plain(v) for k, v in values.items()})

@@ -56,6 +56,8 @@ def take(store: Store, name: str, cap: int | None = None) -> None:
                     + (f" and the reserve of {usd(balances.reserve)}" if balances.reserve else "")
                 ) from error
             records.note(connection, name, "cap", f"the cap is {usd(cap)} now")
+            if cap > before.cap:
+                records.pay_on(connection, name)
             if study.phase != "endgame" or cap > before.cap or "stopped" in study.facts:
                 _search_on(connection, study, before, ledger.balances())
 

@@ -82,6 +82,21 @@ def test_a_raised_cap_leaves_the_endgame_its_money(tmp_path: Path) -> None:
     assert len({trial.run[1] for trial in confirmed}) >= 2, "both seeds are paid for"
 
 
+def test_a_raised_cap_keeps_the_worker_that_lives(tmp_path: Path) -> None:
+    """Proves that a worker in its last slice, whose orchestrator died, is paid on when there is more money: on a GPU
+    another one would be loaded for a minute."""
+    spec = write_spec(tmp_path, cap="$0.022", sleep=0.001, trials=6, live=1)
+    driven = start("launch", str(spec), "--yes", "--anyway", cwd=tmp_path)
+    wait_for(lambda: '"progress"' in events(tmp_path))
+    driven.kill()
+    driven.wait()
+    assert read(tmp_path)["workers"][0].final
+    sweep("resume", "words", "--cap", "$0.1", cwd=tmp_path)
+    found = read(tmp_path)
+    assert len(found["workers"]) == 1
+    assert [trial.state for trial in found["trials"]].count("completed") >= 2
+
+
 @pytest.mark.alone
 def test_the_worker_of_the_search_goes_on_with_the_race(tmp_path: Path) -> None:
     """Proves that a search whose last slice is used up ends before its worker does, which would have to be loaded anew:
