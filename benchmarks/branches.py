@@ -41,7 +41,8 @@ from benchmarks.tasks import TASKS
 from trainers.engine import TrialFailed
 from trainers.health import Health
 from trainers.lora.bank import Slot
-from trainers.lora.engine import Live, LoraEngine
+from trainers.lora.engine import LoraEngine
+from trainers.lora.packing import Live
 from trainers.messages import TrialConfig
 from trainers.splits import Split, load_split
 

@@ -7,7 +7,8 @@ first rung is dropped for a fresh one, but every third goes on to its end. Searc
 measures. Run it as benchmarks.packing, whose data, weights and trials it uses. The first `--warm-up` seconds, in which
 streams are captured, do not count. One JSON line:
 
-    tokens_per_second   trained tokens of all trials that were judged, a second of machine time
+    tokens_per_second   trained tokens of the stretches that ended in a judgement, a second of machine time: stretches
+                        are to be short beside the time that is measured
     judged_per_second   evaluations
     shares              of the time, by cost centre, trials together
     gpu_busy            the mean of nvidia-smi's utilization.gpu; null without a GPU
@@ -18,6 +19,7 @@ streams are captured, do not count. One JSON line:
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 import tempfile
@@ -80,6 +82,14 @@ class Crowd:
         self.events += new
         return new
 
+    def wait_ready(self) -> None:
+        """Waits until the worker is ready. Raises SystemExit where it never is."""
+        give_up = time.monotonic() + START_S
+        while not any(isinstance(event, Ready) for event in self.answer()):
+            if time.monotonic() > give_up or not self._launcher.alive(self._folder):
+                raise SystemExit(f"the worker is not ready: see {self._folder / 'worker.log'}")
+            time.sleep(0.05)
+
     def until(self, seconds: float) -> None:
         """Answers for so long. Raises SystemExit where the worker ends."""
         over = time.monotonic() + seconds
@@ -115,21 +125,21 @@ def measure(options: argparse.Namespace, model: Path, root: Path) -> dict[str, A
     )
     launcher.start(job, folder)
     crowd = Crowd(launcher, folder, load_split(options.rows, "train").lengths.mean())
-    give_up = time.monotonic() + START_S
-    while not any(isinstance(event, Ready) for event in crowd.answer()):
-        if time.monotonic() > give_up or not launcher.alive(folder):
-            raise SystemExit(f"the worker is not ready: see {folder / 'worker.log'}")
-        time.sleep(0.05)
     looks = Looks()
-    looks.start()
-    for _ in range(options.slots):
-        crowd.admit()
-    crowd.until(options.warm_up)
-    first = crowd.events[-1]
-    crowd.until(options.seconds)
-    last = crowd.events[-1]
-    looks.stop()
-    crowd.close()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a time limit"))
+    try:
+        crowd.wait_ready()
+        looks.start()
+        for _ in range(options.slots):
+            crowd.admit()
+        crowd.until(options.warm_up)
+        first = crowd.events[-1]
+        crowd.until(options.seconds)
+        last = crowd.events[-1]
+    finally:  # else the worker has the GPU for as long as is paid
+        if looks.is_alive():
+            looks.stop()
+        crowd.close()
 
     passed = (last.at_ms - first.at_ms) / 1000
     seen = [e for e in crowd.events if isinstance(e, Evaluated) and first.at_ms < e.at_ms <= last.at_ms]
@@ -154,7 +164,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rung-rows", type=int, default=128, help="that a trial is judged on")
     parser.add_argument("--warm-up", type=float, default=10.0, help="seconds after the slots were filled")
     parser.add_argument("--seconds", type=float, default=15.0, help="that are measured")
-    options = parsed(parser, arguments)
+    options = parsed(parser, ["--data", "short", *arguments])
     device = torch.device(options.device)
     model, weights = weights_folder(SHAPES[options.shape], options.model, options.scratch, device)
     common = {"shape": options.shape, "data": options.data, "weights": weights, "slots": options.slots}

@@ -171,7 +171,9 @@ class Projector:
         # adapter may say so too, before the first judgement of its kind, but where writing is free 0 is all there is.
         if written and (row.checkpoint_ms or config.method == "lora"):
             self._learn(self._piece("checkpoint", config.method), written, row.checkpoint_ms)
-            self._learn(self._piece("write", config.method), written, row.write_ms or row.checkpoint_ms)
+            # What keeps one of several waiting that are written at once keeps all: that the disk hung is seen once.
+            at_once = min(self._writers, width)
+            self._learn(self._piece("write", config.method), written, row.write_ms or row.checkpoint_ms, at_once)
         if row.examine_ms:
             self._learn(self._reading(config.method), self._examined(_confirms(config)), row.examine_ms)
         if row.full_loss is not None:  # at its end; all trials of a study train on the same examples, but for a finale
@@ -247,8 +249,10 @@ class Projector:
         return self.evaluation(method, self.plan.validation_tokens) + self.examined(method, confirms=confirms)
 
     def _pack_written(self, slots: int) -> Seconds:
-        """The adapters of all slots, several at once: each round may be late, and a disk may take one at a time."""
-        rounds, alone = (self._written("lora", count) for count in (math.ceil(slots / self._writers), slots))
+        """The adapters of all slots, several at once: after those under way, each round may be late, and a disk may
+        take one at a time."""
+        under_way = min(slots, self._writers) > 1
+        rounds, alone = (self._written("lora", count) for count in (-(-slots // self._writers) + under_way, slots))
         return Seconds(rounds.mean, rounds.low, max(rounds.high, alone.mean))
 
     def _written(self, method: str, count: float) -> Seconds:

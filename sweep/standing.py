@@ -97,7 +97,7 @@ def more_money(connection: Connection, study: Study, trials: Sequence[TrialRow],
     new = [records.newcomer(space.typical(m, search, examples, study.spec.seed, len(trials))) for m in search.method]
     slots = seats.slots(study, records.workers(connection, study.name))
     training = min(projector.to_end(trial).mean for trial in parked or new)
-    tail = slices.tail_ms(projector.tail(search.method, slots).mean) / 1000
+    tail = slices.tail_ms(projector.tail(search.method, slots).high) / 1000
     seconds = projector.load().mean + max(training, slices.MIN_SLICE_MS / 1000) + tail
     balances = Ledger(connection, study.name).balances()
     # No machine can be had for a part of the provider's quantum, nor for less than its least charge.

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainers import metrics
 from trainers.metrics import Answered, MetricError, Objective
-from trainers.rows import Row, Source, read
+from trainers.rows import Row, Source, calls_as_text, read
 from trainers.splits import SPLIT, DataError, Example, Split, permutation
 
 SPLITS = ("train", "validation", "test")
@@ -95,17 +95,21 @@ class _Encoder:
 
     def _render(self, values: dict[str, Any], turns: int, where: str, *, prompt: bool = False) -> list[int]:
         """Ids of a conversation's first turns."""
-        try:
-            return self.tokenizer.apply_chat_template(
-                values["messages"][:turns],
-                tools=values.get("tools"),
-                tokenize=True,
-                return_dict=False,
-                add_generation_prompt=prompt,
-            )
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise DataError(f"{where}: the tokenizer's chat template refuses it: {said}") from error
+        messages = values["messages"][:turns]
+        refusal: Exception | None = None
+        for form in (messages, calls_as_text(messages)):
+            try:
+                return self.tokenizer.apply_chat_template(
+                    form,
+                    tools=values.get("tools"),
+                    tokenize=True,
+                    return_dict=False,
+                    add_generation_prompt=prompt,
+                )
+            except (TemplateError, ValueError, TypeError, KeyError) as error:
+                refusal = refusal or error
+        said = str(refusal).strip().splitlines()[0] if str(refusal).strip() else type(refusal).__name__
+        raise DataError(f"{where}: the tokenizer's chat template refuses it: {said}") from refusal
 
     def _conversation(self, row: Row, where: str) -> tuple[list[int], list[int]]:
         """Assistant turns are found by rendering the conversation turn by turn: each must extend the one before."""

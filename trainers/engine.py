@@ -99,7 +99,8 @@ class Engine(Protocol):
         """
 
     def finish(self) -> None:
-        """Waits for the steps that `advance` left under way, if what comes next shall not be charged for them."""
+        """Waits for the steps that `advance` left under way: what comes next shall not be charged for them, or puts
+        trials aside that may have failed in them. Raises TrialFailed as `advance` does."""
 
     def position(self, trial: int) -> Position:
         """Where the trial stands."""

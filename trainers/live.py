@@ -40,6 +40,14 @@ class LiveTrial:
     loss_steps: int = 0
     shown_step: int = 0  # of the last Progress
 
+    @classmethod
+    def admitted(cls, command: Admit, at: Position, trained_ns: int) -> LiveTrial:
+        """A trial that came in, when the worker had trained for `trained_ns`: what it was resumed from is saved."""
+        trial = cls(command.config, command.attempt, Path(command.folder), at, command.until_tokens, command.examine)
+        trial.saved, trial.saved_step = command.resume, at.step if command.resume else -1
+        trial.saved_mark_ns, trial.shown_step = trained_ns, at.step
+        return trial
+
     @property
     def number(self) -> int:
         """The trial's number."""
@@ -67,13 +75,14 @@ class LiveTrial:
             "shared_batch": self.batches_ns / passed if passed else float(self.config.batch_size),
         }
 
-    def add_loss(self, mean: float) -> None:
-        """Takes in the mean training loss of the steps since the last call; nan if there were none."""
+    def add_loss(self, mean: float) -> float:
+        """Takes in the mean training loss of the steps since the last call, nan if there were none, and returns it."""
         steps = self.at.step - self.shown_step
         self.shown_step = self.at.step
         if steps and not math.isnan(mean):
             self.loss_sum += mean * steps
             self.loss_steps += steps
+        return mean
 
     @property
     def train_loss(self) -> float:

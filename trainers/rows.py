@@ -177,6 +177,23 @@ def _calls(calls: Any) -> Any:
     return calls | {"arguments": read} if isinstance(read, dict) else calls
 
 
+def calls_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with the arguments of calls as JSON text: some templates take them so alone."""
+
+    def spelled(call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        found = call | ({"function": spelled(call["function"])} if "function" in call else {})
+        given = found.get("arguments")
+        return found | ({"arguments": json.dumps(given, ensure_ascii=False)} if isinstance(given, dict) else {})
+
+    def turned(message: dict[str, Any]) -> dict[str, Any]:
+        calls = message.get("tool_calls")
+        return message | {"tool_calls": [spelled(call) for call in calls]} if isinstance(calls, list) else message
+
+    return [turned(message) for message in messages]
+
+
 def _conversation(messages: list[dict[str, Any]], raw: dict[str, Any], where: str) -> dict[str, Any]:
     roles = [m["role"] for m in messages]
     if "assistant" not in roles:

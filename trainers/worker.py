@@ -183,14 +183,12 @@ class Worker:
         now_ms = self._meter.now_ms()
         if self._job.timings:
             return not evaluating and now_ms >= self._work_ms
-        last_ms = self._last_ms() - self._steps_ahead() * self._step_ns / _NS_PER_MS
+        # That may still run once no more are begun: on a GPU one is launched while another is computed.
+        steps = 1 if self._loaded.device == "cpu" else 2
+        last_ms = self._last_ms() - steps * self._step_ns / _NS_PER_MS
         if evaluating:
             last_ms -= self._judge.longest_ms(trial, _FIRST_GUESS_MS) * _SAFETY
         return now_ms >= (last_ms if evaluating else min(last_ms, self._work_ms))
-
-    def _steps_ahead(self) -> int:
-        """Steps that may still run once no more are begun: on a GPU one is launched while another is computed."""
-        return 1 if self._loaded.device == "cpu" else 2
 
     def _last_ms(self) -> float:
         """When the checkpoints must begin, to be done before the watchdog's SIGTERM."""
@@ -268,8 +266,7 @@ class Worker:
     def _admit(self, command: Admit) -> None:
         config = command.config
         resume = Path(command.resume) if command.resume is not None else None
-        folder = Path(command.folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(command.folder).mkdir(parents=True, exist_ok=True)
         if not self._trials:
             peak.take_bytes(self._loaded.engines, self._method)  # of whoever left in between
         started_ns = self._meter.now_ns()
@@ -281,12 +278,7 @@ class Worker:
         except TrialFailed as error:
             self._emit(Failed, **nowhere(command), code=error.code, message=str(error))
             return
-        trial = LiveTrial(
-            config, command.attempt, folder, at, command.until_tokens, command.examine, shown_step=at.step
-        )
-        trial.saved, trial.saved_step = command.resume, at.step if resume else -1
-        trial.saved_mark_ns = self._trained_ns
-        self._trials[config.number] = trial
+        trial = self._trials[config.number] = LiveTrial.admitted(command, at, self._trained_ns)
         trial.forget_later_checkpoints()
         restored_ms = (self._meter.now_ns() - started_ns) // _NS_PER_MS if resume else 0
         self._emit(Admitted, **trial.place(), restore_ms=restored_ms)
@@ -334,13 +326,13 @@ class Worker:
         now_ns = self._meter.now_ns()
         self._step_ns = max(int(self._step_ns * _STEP_DECAY), now_ns - self._step_mark_ns)
         self._step_mark_ns = now_ns
-        due = self._trained_so_far_ns() - self._progress_mark_ns >= self._progress_ns()
-        return due or self._pausing() or self._saver.waiting or self._inbox.waiting()
+        return self._pausing() or self._saver.waiting or self._inbox.waiting()
 
     def _pausing(self) -> bool:
-        """Whether something comes next that uses the device, and pays for it."""
+        """Whether something comes next that uses the device, or asks what it computed, and would pay for training."""
         return (
             self._terminated
+            or self._trained_so_far_ns() - self._progress_mark_ns >= self._progress_ns()
             or self._out_of_time()
             or any(self._checkpoint_due(trial) for trial in self._trials.values())
             or self._arrivals.waiting
@@ -359,9 +351,7 @@ class Worker:
 
     def _take_loss(self, trial: LiveTrial) -> float:
         """Returns the mean training loss since the last call, and adds it to the trial's."""
-        loss = self._engine().train_loss(trial.number)
-        trial.add_loss(loss)
-        return loss
+        return trial.add_loss(self._engine().train_loss(trial.number))
 
     def _report_progress(self) -> None:
         if self._trained_ns - self._progress_mark_ns < self._progress_ns():
@@ -444,7 +434,18 @@ class Worker:
         self._engine().drop(trial.number)
         del self._trials[trial.number]
 
+    def _finish(self) -> None:
+        """Lets steps that are under way come to their end: who failed in them is not put aside as if all were well."""
+        while self._trials:
+            try:
+                return self._engine().finish()
+            except TrialFailed as error:
+                self._fail(self._trials[error.trial], error.code, str(error))
+
     def _pause(self, trial: LiveTrial) -> None:
+        self._finish()
+        if trial.number not in self._trials:
+            return
         taken_ms: list[int] = []
         self._save(trial, lambda checkpoint_ms, _: taken_ms.append(checkpoint_ms))
         self._saver.collect(trial.number, wait=True)
@@ -467,6 +468,7 @@ class Worker:
             self._clear(trial)
 
     def _end(self, reason: Literal["stop", "paid_time"]) -> int:
+        self._finish()
         for trial in list(self._trials.values()):
             self._save_between(trial)
         self._saver.collect(wait=True)

@@ -150,6 +150,22 @@ def test_tools_and_their_calls_are_rendered(model_folder: Path, tmp_path: Path, 
     assert len(found) == 6 + (suffix == ".jsonl")
 
 
+@pytest.mark.parametrize("given", [{"k": 1}, '{"k": 1}'])
+def test_a_template_that_takes_arguments_as_text_alone_gets_text(
+    model_folder: Path, tmp_path: Path, given: Any
+) -> None:
+    """Proves that DeepSeek's way of writing calls, which appends the arguments to text, refuses neither form."""
+    calling = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    calling.chat_template = TOOLED.replace("{{ c | tojson }}", "{{ c['name'] + ' ' + c['arguments'] }}")
+    calls = [{"name": "weather", "arguments": given}]
+    rows_ = [
+        {"messages": [{**TALK[0], "content": f"{i}?"}, {"role": "assistant", "tool_calls": calls}]} for i in range(6)
+    ]
+    run(calling, tmp_path / "out", write(tmp_path / "rows.jsonl", rows_), max_tokens=300)
+    for example in all_examples(tmp_path / "out"):
+        assert trained_text(calling, example) == 'weather {"k": 1}<|im_end|>'
+
+
 def test_text_trains_on_all_but_the_first_token(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """A text row is trained from its second token to its end token."""
     run(tokenizer, tmp_path / "out", write(tmp_path / "rows.jsonl", [{"text": f"the river {i}"} for i in range(6)]))

@@ -16,6 +16,7 @@ from tiny import Trained, apart, curve, far, in_double, lora_trial, peft_over, p
 from transformers import AutoModelForCausalLM
 
 from trainers.engine import TrialFailed
+from trainers.health import Health
 from trainers.lora import adapter_files
 from trainers.lora import engine as lora_engine
 from trainers.lora.bank import padded
@@ -166,6 +167,24 @@ def test_a_lack_of_memory_is_invisible(make: Make, monkeypatch: pytest.MonkeyPat
         assert apart(trained.losses, expected[number].losses) < 1e-9
         assert apart(trained.adapter, expected[number].adapter) < 1e-9
         assert apart(trained.moments, expected[number].moments) < 1e-9
+
+
+def test_what_failed_in_the_last_steps_is_said_when_they_are_asked_for(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proves that a verdict which was still on its way when training paused is not lost with who is put aside then."""
+    engine = make(3)
+    monkeypatch.setattr(Health, "watch", lambda health, loss, norm: "its loss is too high")
+    for config in TRIALS[1:3]:
+        engine.admit(config, None, None)
+    assert engine.advance(lambda: True) == []
+    failed = set()
+    for _ in range(2):
+        with pytest.raises(TrialFailed, match="step 1: its loss is too high") as caught:
+            engine.finish()
+        failed.add(caught.value.trial)
+    engine.finish()
+    assert failed == {config.number for config in TRIALS[1:3]} and not engine._trials
 
 
 def test_memory_that_never_suffices_fails_one_trial_after_the_other(

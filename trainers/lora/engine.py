@@ -30,7 +30,7 @@ from trainers.lora.bank import Layout, Slot
 from trainers.lora.head import score
 from trainers.lora.linear import PackedGroup, pack, unpack
 from trainers.lora.models import find_groups
-from trainers.lora.packing import Batch
+from trainers.lora.packing import Batch, Live
 from trainers.lora.runner import CpuRunner, Runner
 from trainers.lora.stream import Part
 from trainers.loss import compare_with_own, compared_rows
@@ -38,20 +38,11 @@ from trainers.messages import FailureCode, Targets, TrialConfig
 from trainers.models import Base, one_line, target_modules
 from trainers.named import ModelError
 from trainers.splits import Split, batches, cut
-from trainers.training import DROPOUT, MICRO_TOKENS, Run, derive_seed, evaluation, is_out_of_memory, rate
+from trainers.training import DROPOUT, MICRO_TOKENS, derive_seed, evaluation, is_out_of_memory, rate
 
 T = TypeVar("T")
 _Ready = tuple[adapter_files.Content, list[NDArray[np.int64]]]  # of a trial that comes, and its batches
 _REPORTS_AHEAD = 2  # steps whose figures may still be on their way from the GPU
-
-
-@dataclass(kw_only=True)
-class Live(Run):
-    """A trial in a slot; `batch` is what is left of its present optimizer step."""
-
-    index: int
-    slot: Slot
-    batch: Batch | None = None
 
 
 @dataclass
@@ -226,18 +217,22 @@ class LoraEngine:
                 self._micro_step(training)
                 if pause():
                     break
-        arrived = [number for number, live in self._trials.items() if live.arrived]
-        self._settle(0 if arrived else _REPORTS_AHEAD)
+        # Of those that stood before, all is known.
+        self._settle(0 if any(live.arrived for live in training) else _REPORTS_AHEAD)
+        self._raise_failure()
+        return [number for number, live in self._trials.items() if live.arrived]
+
+    def finish(self) -> None:
+        """Waits until all steps that were begun are done. Raises TrialFailed as `advance` does."""
+        self._settle(0)
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
         if self._failures:
             failure = self._failures.pop(0)
             if failure.trial in self._trials:
                 self.drop(failure.trial)
             raise failure
-        return arrived
-
-    def finish(self) -> None:
-        """Waits until all steps that were begun are done. What fails in them, the next `advance` raises."""
-        self._settle(0)
 
     def _micro_step(self, training: list[Live]) -> None:
         """Runs one stream, and the optimizer step of every trial whose batch it completes."""

@@ -1,9 +1,12 @@
-"""Which examples go into a stream: whole ones, of one trial's batch or shared out among several."""
+"""The trials of a pack, and which examples go into a stream: whole ones, of one trial's batch or shared out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from trainers.lora.bank import Slot
+from trainers.training import Run
 
 
 @dataclass
@@ -45,6 +48,15 @@ class Batch:
         self.left = [place for place in self.left if place not in gone]
         self.fresh = self.fresh and not taken
         return sorted(taken)
+
+
+@dataclass(kw_only=True)
+class Live(Run):
+    """A trial in a slot; `batch` is what is left of its present optimizer step."""
+
+    index: int
+    slot: Slot
+    batch: Batch | None = None
 
 
 def share(batches: Sequence[Batch], budget: int) -> list[list[int]]:
