@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from trainers.meter import Meter
 
 _NS_PER_MS = 1_000_000
 _DECAY = 0.95  # one slow write must not count as the usual one for ever
+_LATEST = 32  # writes of which the median is what is usual
+_SPARE = 1.5  # times the longest
 _DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
@@ -67,6 +71,7 @@ class Saver:
         self._trim = trim
         self._guess_ms = first_guess_ms
         self._longest_ms: dict[Method, int] = {}  # that a write of a trial of the method took lately
+        self._latest_ms: dict[Method, deque[int]] = {}  # what the last writes took
         self._meter = meter
         self._trials = trials
         self._background = background
@@ -77,9 +82,13 @@ class Saver:
         """How many checkpoints of this engine are written at the same time."""
         return self.threads if self._background and engine.slots > 1 else 1
 
-    def longest_ms(self, method: Method) -> int:
-        """The longest that writing a trial of a method took lately; a guess before the first."""
-        return self._longest_ms.get(method, self._guess_ms)
+    def takes_ms(self, method: Method, rounds: int) -> float:
+        """What so many writes of a method's trials, one after the other, take at most: the longest of late, with
+        something to spare, and twice what is usual for the others. A disk that hung for a moment does not always."""
+        if not rounds:
+            return 0.0
+        latest = self._latest_ms.get(method, [self._guess_ms])
+        return _SPARE * self._longest_ms.get(method, self._guess_ms) + (rounds - 1) * 2 * statistics.median(latest)
 
     def of(self, number: int) -> bool:
         """Whether a write of the trial with this number is under way, or its end was not taken up yet."""
@@ -142,7 +151,8 @@ class Saver:
     def _saved(self, trial: LiveTrial, path: Path, step: int, write_ms: int) -> None:
         trial.saved, trial.saved_step = str(path), step
         method = trial.config.method
-        self._longest_ms[method] = max(round(self.longest_ms(method) * _DECAY), write_ms)
+        self._longest_ms[method] = max(round(self._longest_ms.get(method, self._guess_ms) * _DECAY), write_ms)
+        self._latest_ms.setdefault(method, deque(maxlen=_LATEST)).append(write_ms)
 
 
 def _timed(write: Callable[[Path], None], path: Path, trim: Callable[[Path], None]) -> int:

@@ -196,7 +196,7 @@ class Worker:
         # A trial whose last write is still under way must wait for that one first.
         rounds = math.ceil(unsaved / self._saver.at_once(self._engine())) + self._saver.busy if unsaved else 0
         leaving_ms = self._job.grace_ms + self._dying.ms()
-        return self._paid_ms - leaving_ms - rounds * self._saver.longest_ms(self._method or "lora") * _SAFETY
+        return self._paid_ms - leaving_ms - self._saver.takes_ms(self._method or "lora", rounds)
 
     def _reason_to_end(self) -> Literal["stop", "paid_time"] | None:
         if self._stop:

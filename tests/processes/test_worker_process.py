@@ -15,8 +15,11 @@ import pytest
 from process_bench import TIMINGS, Bench, config, wait_until
 
 from trainers import processes
+from trainers.engine import Position
+from trainers.live import LiveTrial
 from trainers.messages import Admit, Continue, Drop, EvaluateBase, Pause, Release, Slice, Stop, parse_event
 from trainers.meter import Meter, Timings, open_meter
+from trainers.saving import Saver
 from trainers.worker import Worker
 
 SLOW = {"sleep_seconds_per_token": 0.0005}
@@ -347,3 +350,15 @@ def test_a_rung_is_not_taken_to_last_as_long_as_an_examination(make_bench: Calla
     worker._saver.collect(wait=True)
     said = list(map(parse_event, os.read(reading, 1 << 16).decode().splitlines()))
     assert [event.trial for event in said if event.type == "evaluated"] == [1]
+
+
+def test_a_disk_that_hung_for_a_moment_leaves_time_to_train(tmp_path: Path) -> None:
+    """Proves that a pack of 32 keeps back one write that takes as long as four did which hung, and eight usual ones:
+    nine that hang, 135 s, would have ended its worker at once."""
+    saver = Saver(Meter(lambda: 0), {}, 500, lambda _: None, background=True)
+    trial = LiveTrial(config(), "a", tmp_path, Position(0, 0, False), None)
+    assert saver.takes_ms("lora", 0) == 0 and saver.takes_ms("lora", 1) == 750
+    for write_ms in [200] * 20 + [10_000] * 4:
+        saver._saved(trial, tmp_path, 0, write_ms)
+    assert saver.takes_ms("lora", 1) == 15_000
+    assert saver.takes_ms("lora", 9) == 15_000 + 8 * 2 * 200
