@@ -3,6 +3,7 @@
 #
 #   packing-135m packing-1.5b packing-8b   today's tools against packed trials, text of 300 tokens an example
 #   short                                  the same at 135M with text under 40 tokens
+#   turnover                               a worker while trials come and go all the time
 #   alone                                  trials in a pack against the same trials alone
 #   memory                                 predicted against measured peaks, LoRA and full
 #   attention                              a flat stream or fixed rows, and whose kernel
@@ -59,6 +60,7 @@ for part in "$@"; do
     packing-1.5b) packing 1.5b 12 24576 "2 3" ;;
     packing-8b) packing 8b 8 8192 2 ;;
     short) packing smollm2-135m 64 65536 "4 8 16" --data short --seconds 20 ;;
+    turnover) step 240 benchmarks.turnover --scratch "$scratch" --out "$out/turnover.jsonl" ;;
     alone) step 240 benchmarks.alone --tokens 32768 --scratch "$scratch" --out "$out/alone.jsonl" ;;
     memory) step 580 benchmarks.memory --method full lora --total 350 --out "$out/memory.jsonl" ;;
     attention) step 150 benchmarks.attention --scratch "$scratch" --out "$out/attention.jsonl" ;;
