@@ -293,7 +293,8 @@ class _Worker(Worker):
         if self._looks == 3:
             self._table_meter.wait_until(self._work_ms)
         # One of them speaks for all: each report is a step of the loop, and a slice is a twentieth of a run of each.
-        self._emit(Progress, **begun[0].place(), train_loss=self._take_loss(begun[0]))
+        one = begun[0]
+        self._emit(Progress, **one.place(), train_loss=one.add_loss(self._engine().train_loss(one.number)))
         return True
 
     def _report_progress(self) -> None:

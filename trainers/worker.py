@@ -237,7 +237,7 @@ class Worker:
                     self._welcome(command)
                 case Continue():
                     self._go_on(command)
-                case Pause() if command.trial in self._trials:
+                case Pause() if self._sound(command.trial):
                     self._pause(self._trials[command.trial])
                 case Drop() if command.trial in self._trials:
                     trial = self._trials[command.trial]
@@ -349,17 +349,14 @@ class Worker:
         due = unsaved_ns >= self._checkpoint_ms * _NS_PER_MS and not self._saver.of(trial.number)
         return due and not trial.standing and not trial.arrived()
 
-    def _take_loss(self, trial: LiveTrial) -> float:
-        """Returns the mean training loss since the last call, and adds it to the trial's."""
-        return trial.add_loss(self._engine().train_loss(trial.number))
-
     def _report_progress(self) -> None:
         if self._trained_ns - self._progress_mark_ns < self._progress_ns():
             return
         self._progress_mark_ns = self._trained_ns
         for trial in self._trials.values():
             if not trial.standing and not trial.arrived() and trial.at.step > trial.shown_step:
-                self._emit(Progress, **trial.place(), train_loss=self._take_loss(trial))
+                loss = trial.add_loss(self._engine().train_loss(trial.number))
+                self._emit(Progress, **trial.place(), train_loss=loss)
 
     # --- judging ----------------------------------------------------------------------------------------------------
 
@@ -378,7 +375,7 @@ class Worker:
         except TrialFailed as error:
             self._fail(trial, error.code, str(error))
             return
-        self._take_loss(trial)
+        trial.add_loss(self._engine().train_loss(trial.number))
         trial.standing = True
         assert self._method is not None
         peak_bytes = peak.take_bytes(self._loaded.engines, self._method)
@@ -442,10 +439,13 @@ class Worker:
             except TrialFailed as error:
                 self._fail(self._trials[error.trial], error.code, str(error))
 
+    def _sound(self, number: int) -> bool:
+        """Whether the trial is here, and all its steps went well. One that stands was judged after them."""
+        if number in self._trials and not self._trials[number].standing:
+            self._finish()
+        return number in self._trials
+
     def _pause(self, trial: LiveTrial) -> None:
-        self._finish()
-        if trial.number not in self._trials:
-            return
         taken_ms: list[int] = []
         self._save(trial, lambda checkpoint_ms, _: taken_ms.append(checkpoint_ms))
         self._saver.collect(trial.number, wait=True)
