@@ -253,7 +253,7 @@ class Projector:
         take one at a time."""
         under_way = min(slots, self._writers) > 1
         rounds, alone = (self._written("lora", count) for count in (-(-slots // self._writers) + under_way, slots))
-        return Seconds(rounds.mean, rounds.low, max(rounds.high, alone.mean))
+        return Seconds(alone.mean, rounds.low, max(rounds.high, alone.mean))
 
     def _written(self, method: str, count: float) -> Seconds:
         one = self.forecast.seconds(self._piece("write", method))

@@ -20,9 +20,9 @@ import safetensors.numpy
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from trainers import metrics
+from trainers import calls, metrics
 from trainers.metrics import Answered, MetricError, Objective
-from trainers.rows import Row, Source, calls_as_text, read
+from trainers.rows import Row, Source, read
 from trainers.splits import SPLIT, DataError, Example, Split, permutation
 
 SPLITS = ("train", "validation", "test")
@@ -95,17 +95,14 @@ class _Encoder:
 
     def _render(self, values: dict[str, Any], turns: int, where: str, *, prompt: bool = False) -> list[int]:
         """Ids of a conversation's first turns."""
-        messages = values["messages"][:turns]
         refusal: Exception | None = None
-        for form in (messages, calls_as_text(messages)):
+        for form, wrong in calls.forms(values["messages"][:turns]):
+            given = {"tools": values.get("tools"), "add_generation_prompt": prompt}
             try:
-                return self.tokenizer.apply_chat_template(
-                    form,
-                    tools=values.get("tools"),
-                    tokenize=True,
-                    return_dict=False,
-                    add_generation_prompt=prompt,
-                )
+                # What a template wrote as Python does it was to be given as text.
+                text = self.tokenizer.apply_chat_template(form, **given, tokenize=False) if wrong else ""
+                if not any(python in text for python in wrong):
+                    return self.tokenizer.apply_chat_template(form, **given, tokenize=True, return_dict=False)
             except (TemplateError, ValueError, TypeError, KeyError) as error:
                 refusal = refusal or error
         said = str(refusal).strip().splitlines()[0] if str(refusal).strip() else type(refusal).__name__

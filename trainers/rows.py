@@ -155,43 +155,8 @@ def _messages(value: Any, where: str, column: str = "messages") -> list[dict[str
         content = _text(message.get("content"), f"content of message {turn}", where, empty=calls)
         # A null stands for a key that is not there. Without its content, which calls of tools need not have, many
         # templates refuse a message.
-        known = {k: v for k, v in message.items() if v is not None} | {"content": content}
-        cleaned.append(known | {"tool_calls": _calls(known["tool_calls"])} if calls else known)
+        cleaned.append({k: v for k, v in message.items() if v is not None} | {"content": content})
     return cleaned
-
-
-def _calls(calls: Any) -> Any:
-    """Calls of tools whose arguments are objects: where they are JSON text, as in OpenAI's API, templates would write
-    that text as JSON once more, with its quotes escaped."""
-    if isinstance(calls, list):
-        return [_calls(call) for call in calls]
-    if not isinstance(calls, dict):
-        return calls
-    if "function" in calls:
-        return calls | {"function": _calls(calls["function"])}
-    given = calls.get("arguments")
-    try:
-        read = json.loads(given) if isinstance(given, str) else given
-    except (ValueError, RecursionError):
-        return calls
-    return calls | {"arguments": read} if isinstance(read, dict) else calls
-
-
-def calls_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with the arguments of calls as JSON text: some templates take them so alone."""
-
-    def spelled(call: Any) -> Any:
-        if not isinstance(call, dict):
-            return call
-        found = call | ({"function": spelled(call["function"])} if "function" in call else {})
-        given = found.get("arguments")
-        return found | ({"arguments": json.dumps(given, ensure_ascii=False)} if isinstance(given, dict) else {})
-
-    def turned(message: dict[str, Any]) -> dict[str, Any]:
-        calls = message.get("tool_calls")
-        return message | {"tool_calls": [spelled(call) for call in calls]} if isinstance(calls, list) else message
-
-    return [turned(message) for message in messages]
 
 
 def _conversation(messages: list[dict[str, Any]], raw: dict[str, Any], where: str) -> dict[str, Any]:

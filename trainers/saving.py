@@ -25,7 +25,7 @@ from trainers.meter import Meter
 
 _NS_PER_MS = 1_000_000
 _DECAY = 0.95  # one slow write must not count as the usual one for ever
-_LATEST = 32  # writes of which the median is what is usual
+_LATEST = 32  # writes that say what is usual
 _SPARE = 1.5  # times the longest
 _DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
@@ -84,11 +84,13 @@ class Saver:
 
     def takes_ms(self, method: Method, rounds: int) -> float:
         """What so many writes of a method's trials, one after the other, take at most: the longest of late, with
-        something to spare, and twice what is usual for the others. A disk that hung for a moment does not always."""
+        something to spare, and twice what is usual for the others. A disk that hung for a moment does not always, so as
+        many as wait for it together are left out of what is usual."""
         if not rounds:
             return 0.0
-        latest = self._latest_ms.get(method, [self._guess_ms])
-        return _SPARE * self._longest_ms.get(method, self._guess_ms) + (rounds - 1) * 2 * statistics.median(latest)
+        latest = sorted(self._latest_ms.get(method, [self._guess_ms]))
+        usual = statistics.fmean(latest[: -self.threads] if len(latest) > 2 * self.threads else latest)
+        return _SPARE * self._longest_ms.get(method, self._guess_ms) + (rounds - 1) * 2 * usual
 
     def of(self, number: int) -> bool:
         """Whether a write of the trial with this number is under way, or its end was not taken up yet."""

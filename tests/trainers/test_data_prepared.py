@@ -150,20 +150,24 @@ def test_tools_and_their_calls_are_rendered(model_folder: Path, tmp_path: Path, 
     assert len(found) == 6 + (suffix == ".jsonl")
 
 
-@pytest.mark.parametrize("given", [{"k": 1}, '{"k": 1}'])
-def test_a_template_that_takes_arguments_as_text_alone_gets_text(
-    model_folder: Path, tmp_path: Path, given: Any
+@pytest.mark.parametrize("given", [{"k": 1}, '{"k": 1}', '{"k":1}'])
+@pytest.mark.parametrize(
+    "written", ["{{ c.arguments | tojson }}", "{{ c.arguments }}", "{{ '' ~ c.arguments }}", "{{ '' + c.arguments }}"]
+)
+def test_arguments_of_calls_are_json_however_a_template_writes_them(
+    model_folder: Path, tmp_path: Path, given: Any, written: str
 ) -> None:
-    """Proves that DeepSeek's way of writing calls, which appends the arguments to text, refuses neither form."""
+    """Proves that objects and JSON text come out as JSON where a template expects the one or the other (Llama's and
+    Qwen's an object, DeepSeek's text): not as Python writes an object, nor as JSON of JSON. Text stays as it was."""
     calling = PreTrainedTokenizerFast.from_pretrained(model_folder)
-    calling.chat_template = TOOLED.replace("{{ c | tojson }}", "{{ c['name'] + ' ' + c['arguments'] }}")
+    calling.chat_template = TOOLED.replace("{{ c | tojson }}", written)
     calls = [{"name": "weather", "arguments": given}]
-    rows_ = [
-        {"messages": [{**TALK[0], "content": f"{i}?"}, {"role": "assistant", "tool_calls": calls}]} for i in range(6)
-    ]
-    run(calling, tmp_path / "out", write(tmp_path / "rows.jsonl", rows_), max_tokens=300)
+    talks = [[{**TALK[0], "content": f"{i}?"}, {"role": "assistant", "tool_calls": calls}] for i in range(6)]
+    path = write(tmp_path / "rows.jsonl", [{"messages": talk} for talk in talks])
+    run(calling, tmp_path / "out", path, max_tokens=300)
+    kept = isinstance(given, str) and "tojson" not in written
     for example in all_examples(tmp_path / "out"):
-        assert trained_text(calling, example) == 'weather {"k": 1}<|im_end|>'
+        assert trained_text(calling, example) == (given if kept else '{"k": 1}') + "<|im_end|>"
 
 
 def test_text_trains_on_all_but_the_first_token(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

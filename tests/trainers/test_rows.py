@@ -174,23 +174,6 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city"
 ASK = {"role": "user", "content": "Is it hot in Rome?"}
 
 
-@pytest.mark.parametrize("given", ['{"city": "Oslo", "days": 2}', ' {"days": 2, "city": "Oslo"} '])
-@pytest.mark.parametrize("wrapped", [True, False])
-def test_arguments_of_a_call_that_are_json_text_are_read(tmp_path: Path, given: str, wrapped: bool) -> None:
-    """Proves that a template which writes arguments as JSON is not given JSON text, as OpenAI's API has it: the model
-    would learn to escape quotes. Text that is no object's stays as it is."""
-
-    def talk(arguments: Any) -> list[dict[str, Any]]:
-        called = {"name": "weather", "arguments": arguments}
-        calls = [{"type": "function", "function": called} if wrapped else called]
-        return [ASK, {"role": "assistant", "content": "", "tool_calls": calls}]
-
-    read_arguments = {"city": "Oslo", "days": 2}
-    for text, expected in ((given, read_arguments), ("[1]", "[1]"), ("{", "{"), (read_arguments, read_arguments)):
-        found = read(str(write(tmp_path / "rows.jsonl", [{"messages": talk(text)}]))).rows[0].values["messages"]
-        assert found == talk(expected)
-
-
 def test_a_call_of_a_tool_needs_no_content(tmp_path: Path) -> None:
     """Beside tool_calls null, nothing and an empty text are the same: no content. Without them a message has one."""
     for content in ({"content": None}, {"content": ""}, {}):

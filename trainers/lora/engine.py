@@ -223,7 +223,7 @@ class LoraEngine:
         return [number for number, live in self._trials.items() if live.arrived]
 
     def finish(self) -> None:
-        """Waits until all steps that were begun are done. Raises TrialFailed as `advance` does."""
+        """Waits until all optimizer steps that were taken are done. Raises TrialFailed as `advance` does."""
         self._settle(0)
         self._raise_failure()
 
