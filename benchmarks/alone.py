@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks import hf_trials
-from benchmarks.packing import Report, load_engine, machine, parsed
+from benchmarks.packing import Report, conditions, load_engine, parsed
 from benchmarks.workload import SHAPES, Setup, draw_trials, make_setup
 from trainers.engine import Engine, TrialFailed
 from trainers.messages import TrialConfig
@@ -106,7 +106,7 @@ def main(arguments: list[str]) -> int:
     options = parsed(parser, arguments)
     device = torch.device(options.device)
     setup = make_setup(SHAPES[options.shape], options.rows, options.model, options.scratch, device)
-    common = {"shape": options.shape, "data": options.data, "weights": setup.weights, **machine(device)}
+    common = conditions(options, setup.weights, device)
     Report(options.out).add({**common, **measure(setup, options)})
     return 0
 

@@ -44,7 +44,7 @@ from transformers import PretrainedConfig
 
 from benchmarks import hf_trials
 from benchmarks.memory import shape_by_name
-from benchmarks.packing import Report, machine, parsed
+from benchmarks.packing import Report, conditions, parsed
 from benchmarks.workload import PEAK_FLOPS, SHAPES, Setup, linear_parameters, make_setup
 from trainers import memory
 from trainers.engine import TrialFailed
@@ -360,7 +360,7 @@ def run(options: argparse.Namespace) -> int:
     """Trains with every batch size and number of processes; returns the exit code."""
     device = torch.device(options.device)
     setup = make_setup(SHAPES[options.shape], options.rows, options.model, options.scratch, device)
-    common = {"shape": options.shape, "data": options.data, "weights": setup.weights, **machine(device)}
+    common = conditions(options, setup.weights, device)
     common |= {key: getattr(options, key) for key in ("optimizer", "checkpointing", "eager", "tokens", "seed")}
     report = Report(options.out)
     bench = Bench(setup, options, load_base(str(setup.folder), options.device))

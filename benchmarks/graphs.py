@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import hf_trials
-from benchmarks.packing import Report, load_engine, machine, parsed
+from benchmarks.packing import Report, conditions, load_engine, parsed
 from benchmarks.workload import SHAPES, Setup, draw_trials, make_setup
 from trainers.full.engine import FullEngine
 from trainers.lora import probe
@@ -121,7 +121,7 @@ def run(options: argparse.Namespace) -> int:
     """Measures everything; returns the exit code."""
     device = torch.device(options.device)
     setup = make_setup(SHAPES[options.shape], options.rows, options.model, options.scratch, device)
-    common = {"shape": options.shape, "data": options.data, "weights": setup.weights, **machine(device)}
+    common = conditions(options, setup.weights, device)
     report = Report(options.out)
     line, engine = evaluations(setup, options)
     report.add({**common, **line})

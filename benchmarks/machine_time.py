@@ -74,6 +74,12 @@ class Looks(threading.Thread):
         self.join()
 
 
+def busy(looks: Sequence[tuple[float, float]], origin_ms: float, first: Event, last: Event) -> float | None:
+    """The share of the time between two events of a worker in which a kernel ran; None where nobody could look."""
+    seen = [percent for ms, percent in looks if first.at_ms <= ms - origin_ms <= last.at_ms]
+    return round(statistics.mean(seen) / 100, 4) if seen else None
+
+
 def grouped(usage: dict[str, int]) -> dict[str, float]:
     """Seconds by cost centre; all trials are one."""
     found: dict[str, float] = {}
@@ -108,7 +114,6 @@ def worker_line(folder: Path, looks: Sequence[tuple[float, float]]) -> dict[str,
     passed = (last.at_ms - first.at_ms) / 1000
     scored = sum(e.examine_ms for e in events if isinstance(e, BaseExamined)) / 1000
     worked = after.get("trials", 0.0) - before.get("trials", 0.0) + scored
-    busy = [percent for ms, percent in looks if first.at_ms <= ms - origin_ms <= last.at_ms]
     said = [e.occupancy for e in events if isinstance(e, Evaluated | Ended) and e.occupancy is not None]
     gaps = _gaps(events)
     return {
@@ -120,7 +125,7 @@ def worker_line(folder: Path, looks: Sequence[tuple[float, float]]) -> dict[str,
         "usage_seconds": after,
         "seconds_after_first_admission": round(passed, 3),
         "beside_share": round(1 - worked / passed, 4),
-        "gpu_busy": round(statistics.mean(busy) / 100, 4) if busy else None,
+        "gpu_busy": busy(looks, origin_ms, first, last),
         "occupancy": round(said[-1], 4) if said else None,
         "empty_slot_seconds": {"count": len(gaps)}
         | ({"median": round(statistics.median(gaps), 3), "worst": round(max(gaps), 3)} if gaps else {}),

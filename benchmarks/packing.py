@@ -275,6 +275,11 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {**found, "cpus": _cpus(), **versions}
 
 
+def conditions(options: argparse.Namespace, weights: str, device: torch.device) -> dict[str, Any]:
+    """What every line says of how it was measured."""
+    return {"shape": options.shape, "data": options.data, "weights": weights, **machine(device)}
+
+
 def result_line(measured: Measured, common: dict[str, Any], price: float) -> dict[str, Any]:
     """The figures of one measurement."""
     work, seconds = measured.work, measured.seconds
@@ -376,7 +381,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs all modes; returns the exit code."""
     device = torch.device(options.device)
     setup = make_setup(SHAPES[options.shape], options.rows, options.model, options.scratch, device)
-    common = {"shape": options.shape, "data": options.data, "weights": setup.weights, **machine(device)}
+    common = conditions(options, setup.weights, device)
     report = Report(options.out)
     for mode in options.mode:
         for count in _counts(mode, options):

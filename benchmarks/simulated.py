@@ -294,7 +294,7 @@ class _Worker(Worker):
             self._table_meter.wait_until(self._work_ms)
         # One of them speaks for all: each report is a step of the loop, and a slice is a twentieth of a run of each.
         one = begun[0]
-        self._emit(Progress, **one.place(), train_loss=one.add_loss(self._engine().train_loss(one.number)))
+        self._emit(Progress, **one.place(), train_loss=one.take_loss(self._engine()))
         return True
 
     def _report_progress(self) -> None:

@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine_time import Looks, grouped
-from benchmarks.packing import Report, machine, parsed
+from benchmarks.machine_time import Looks, busy, grouped
+from benchmarks.packing import Report, conditions, parsed
 from benchmarks.workload import SHAPES, draw_trials, weights_folder
 from sweep.launchers.local import LocalLauncher
 from trainers.messages import Admit, Command, Continue, Drop, Ended, Evaluated, Event, Failed, Ready, Stop, WorkerJob
@@ -144,12 +144,11 @@ def measure(options: argparse.Namespace, model: Path, root: Path) -> dict[str, A
     passed = (last.at_ms - first.at_ms) / 1000
     seen = [e for e in crowd.events if isinstance(e, Evaluated) and first.at_ms < e.at_ms <= last.at_ms]
     before, after = grouped(first.usage), grouped(last.usage)
-    busy = [percent for ms, percent in looks.seen if first.at_ms <= ms - now_ms <= last.at_ms]
     return {
         "tokens_per_second": round(sum(e.train_tokens for e in seen) / passed),
         "judged_per_second": round(len(seen) / passed, 2),
         "shares": {name: round((ms - before.get(name, 0)) / passed, 4) for name, ms in after.items()},
-        "gpu_busy": round(statistics.mean(busy) / 100, 4) if busy else None,
+        "gpu_busy": busy(looks.seen, now_ms, first, last),
         "mean_width": round(statistics.mean([e.width for e in seen]), 2),
         "start_up_seconds": next(e for e in crowd.events if isinstance(e, Ready)).at_ms / 1000,
         "seconds": round(passed, 1),
@@ -167,9 +166,9 @@ def main(arguments: list[str]) -> int:
     options = parsed(parser, ["--data", "short", *arguments])
     device = torch.device(options.device)
     model, weights = weights_folder(SHAPES[options.shape], options.model, options.scratch, device)
-    common = {"shape": options.shape, "data": options.data, "weights": weights, "slots": options.slots}
+    common = {**conditions(options, weights, device), "slots": options.slots}
     with tempfile.TemporaryDirectory(dir=options.scratch) as root:
-        Report(options.out).add({**common, **machine(device), **measure(options, model, Path(root))})
+        Report(options.out).add({**common, **measure(options, model, Path(root))})
     return 0
 
 

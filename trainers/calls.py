@@ -18,20 +18,26 @@ def forms(messages: Messages) -> Iterator[tuple[Messages, list[str]]]:
 
     Without arguments there is one. Text that is given as text stays as it is.
     """
-    objects = _with(messages, _as_object)
-    found = [arguments for arguments in _arguments(objects) if isinstance(arguments, dict) and arguments]
+    found: list[dict[str, Any]] = []
+
+    def as_object(given: Any) -> Any:
+        try:
+            read = json.loads(given) if isinstance(given, str) else given
+        except (ValueError, RecursionError):
+            return given
+        if not isinstance(read, dict):
+            return given
+        if read:
+            found.append(read)
+        return read
+
+    objects = _with(messages, as_object)
+    if not found:
+        yield objects, []
+        return
     said = [str(message.get("content")) for message in messages]
     yield objects, [python for python in map(str, found) if not any(python in content for content in said)]
-    if found:
-        yield _with(messages, _as_text), []
-
-
-def _as_object(given: Any) -> Any:
-    try:
-        read = json.loads(given) if isinstance(given, str) else given
-    except (ValueError, RecursionError):
-        return given
-    return read if isinstance(read, dict) else given
+    yield _with(messages, _as_text), []
 
 
 def _as_text(given: Any) -> Any:
@@ -53,13 +59,3 @@ def _with(messages: Messages, change: Callable[[Any], Any]) -> Messages:
         else message
         for message in messages
     ]
-
-
-def _arguments(messages: Messages) -> Iterator[Any]:
-    """The arguments of all calls."""
-    for message in messages:
-        calls = message.get("tool_calls")
-        for call in calls if isinstance(calls, list) else []:
-            while isinstance(call, dict):
-                yield call.get("arguments")
-                call = call.get("function")

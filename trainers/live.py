@@ -75,8 +75,9 @@ class LiveTrial:
             "shared_batch": self.batches_ns / passed if passed else float(self.config.batch_size),
         }
 
-    def add_loss(self, mean: float) -> float:
+    def take_loss(self, engine: Engine) -> float:
         """Takes in the mean training loss of the steps since the last call, nan if there were none, and returns it."""
+        mean = engine.train_loss(self.number)
         steps = self.at.step - self.shown_step
         self.shown_step = self.at.step
         if steps and not math.isnan(mean):

@@ -355,8 +355,7 @@ class Worker:
         self._progress_mark_ns = self._trained_ns
         for trial in self._trials.values():
             if not trial.standing and not trial.arrived() and trial.at.step > trial.shown_step:
-                loss = trial.add_loss(self._engine().train_loss(trial.number))
-                self._emit(Progress, **trial.place(), train_loss=loss)
+                self._emit(Progress, **trial.place(), train_loss=trial.take_loss(self._engine()))
 
     # --- judging ----------------------------------------------------------------------------------------------------
 
@@ -375,7 +374,7 @@ class Worker:
         except TrialFailed as error:
             self._fail(trial, error.code, str(error))
             return
-        trial.add_loss(self._engine().train_loss(trial.number))
+        trial.take_loss(self._engine())
         trial.standing = True
         assert self._method is not None
         peak_bytes = peak.take_bytes(self._loaded.engines, self._method)
