@@ -66,6 +66,12 @@ def measure(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
     again = losses(engine, wide)
     del engine
     hf_trials.tidy(setup.device)
+    rounded: dict[int, float] = {}
+    if options.fp8:
+        engine = load_engine(setup, len(wide), options.tokens, "fp8")
+        rounded = losses(engine, wide)
+        del engine
+        hf_trials.tidy(setup.device)
     alone: dict[int, float] = {}
     engine = load_engine(setup, 1, None)
     for trial in wide[:: options.seeds]:
@@ -90,6 +96,7 @@ def measure(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
         "alone": apart(alone),
         "again": apart(again),
         "seeds_spread": [statistics.stdev(found) / statistics.mean(found) for found in by_seed],
+        "fp8": [[rounded.get(trial.number, math.nan), packed[trial.number]] for trial in wide] if rounded else None,
         "losses": [[alone[number], *found] for number, found in zip(firsts, by_seed, strict=True)],
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -103,6 +110,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--tokens", type=int, help="of a full stream of the pack")
+    parser.add_argument("--fp8", action="store_true", help="train the wide pack in 8-bit floats too")
     options = parsed(parser, arguments)
     device = torch.device(options.device)
     setup = make_setup(SHAPES[options.shape], options.rows, options.model, options.scratch, device)

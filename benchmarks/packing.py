@@ -46,7 +46,7 @@ import torch
 from benchmarks import hf_trials
 from benchmarks.workload import DATA, KINDS, PEAK_FLOPS, ROOT, SHAPES, Measured, Setup, Work, draw_trials, make_setup
 from trainers.engine import Engine, TrialFailed
-from trainers.messages import TrialConfig
+from trainers.messages import Precision, TrialConfig
 from trainers.splits import batches
 
 MODES = ("cold", "warm", "solo", "pack", "processes")
@@ -126,21 +126,27 @@ class _Occupied:
                 wanted = 0  # the trials are so short that the newcomers' first steps are no sign of a cold start
 
 
-def load_engine(setup: Setup, slots: int, tokens: int | None) -> Engine:
+def load_engine(setup: Setup, slots: int, tokens: int | None, precision: Precision = "bf16") -> Engine:
     """Puts our LoRA engine over the base model as trainers.models.load_engines does."""
     from trainers.lora.engine import LoraEngine
     from trainers.models import load_base
 
     base = load_base(str(setup.folder), str(setup.device))
-    return LoraEngine(base, setup.train, setup.validation, 64, tokens, slots=slots)
+    return LoraEngine(base, setup.train, setup.validation, 64, tokens, slots=slots, precision=precision)
 
 
 def run_engine(
-    setup: Setup, trials: list[TrialConfig], slots: int, seconds: float, warm_up: float, tokens: int | None
+    setup: Setup,
+    trials: list[TrialConfig],
+    slots: int,
+    seconds: float,
+    warm_up: float,
+    tokens: int | None,
+    precision: Precision,
 ) -> Measured:
     """Keeps `slots` trials training for this long after a warm-up. Raises TrialFailed, BenchmarkError."""
     start = hf_trials.now(setup.device)
-    engine = load_engine(setup, slots, tokens)
+    engine = load_engine(setup, slots, tokens, precision)
     occupied = _Occupied(engine, setup, trials)
     occupied.fill()
     occupied.warm_up(warm_up)
@@ -155,6 +161,7 @@ def run_engine(
     work = occupied.work() - before
     occupancy = getattr(engine, "occupancy", lambda: None)()
     extra = {
+        "precision": precision,
         "start_up_seconds": round(start_up, 3),
         "trials_finished": occupied.finished - finished,
         "trials_diverged": occupied.diverged,
@@ -370,7 +377,7 @@ def run_mode(mode: str, count: int, setup: Setup, options: argparse.Namespace) -
             return hf_trials.run_warm(setup, trials, options.trials, options.seconds)
         if mode == "processes":
             return run_processes(setup, options, trials, count)
-        return run_engine(setup, trials, count, options.seconds, options.warm_up, options.tokens)
+        return run_engine(setup, trials, count, options.seconds, options.warm_up, options.tokens, options.precision)
     except torch.OutOfMemoryError as error:
         raise BenchmarkError("out_of_memory", str(error).splitlines()[0]) from error
     except TrialFailed as error:
@@ -421,6 +428,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=200, help="of a trial")
     parser.add_argument("--slots", type=int, nargs="+", default=[32])
     parser.add_argument("--tokens", type=int, help="of a full stream of our engine")
+    parser.add_argument("--precision", choices=("bf16", "fp8"), default="bf16", help="of our engine's base")
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--warm-up", type=float, default=5.0, help="seconds an engine trains before it is measured")
     parser.add_argument("--price", type=float, default=PRICE, help="dollars an hour")

@@ -3,7 +3,7 @@
 Seconds a token (training, evaluation) or seconds a piece (load, compile, checkpoint, restore) are log-normal around a
 prior: FLOPs over a guessed speed for work that scales with tokens. A Bayesian linear model on the logarithm, one for
 each kind of work, corrects the prior: a common factor (the guess of the machine's speed is usually wrong by as much as
-3x), one for full-parameter training, batch size, row length, targets and rank, and one for the trial itself.
+3x), one for full-parameter training, batch size, row length, targets, rank and precision, and one for the trial itself.
 
 Trials that train at once share the machine by their tokens. A part of what a step costs is fixed, and all of them share
 it, so that with n at once a token costs p (1 + r / n). On a GPU r is a part of the prior (`floor_seconds`): learned
@@ -43,8 +43,9 @@ TRIAL = 0.10  # sd of what is a trial's own
 SURPRISE = 20.0  # sd of the common factor once anything was measured (_Model.learn)
 # sd of each feature's factor, in log seconds a unit of the feature.
 SCALES = {"common": 1.5, "full": 0.7, "log_batch": 0.3, "log_row": 0.2, "attention": 0.25, "mlp": 0.2, "rank": 0.2}
-SCALES |= {"beside": 0.5, "log_width": 0.5}
+SCALES |= {"beside": 0.5, "log_width": 0.5, "rounded": 0.15}
 
+ROUNDED = 0.8  # of what bf16 takes, with the base in 8 bits: 0.73 at 8B on an H100, 0.86 at 1.5B (docs/log.md)
 FLOOR_A_LAYER = 0.0005  # seconds that a GPU takes for a layer of a training step, forward and backward, at least
 
 _COMMON = list(SCALES).index("common")

@@ -44,7 +44,8 @@ def finale_cost(spec: Spec, facts: Mapping[str, Any], projector: Projector) -> d
     if wanted is None:
         return {}
     number = records.finale_number(0)
-    configs = [space.typical(method, spec.search, wanted, spec.seed, number) for method in spec.search.method]
+    search = spec.search.model_copy(update={"precision": "bf16"})
+    configs = [space.typical(method, search, wanted, spec.seed, number) for method in search.method]
     return {c.method: projector.confirmation(records.newcomer(c), 1) for c in configs}
 
 
@@ -128,7 +129,8 @@ def _config(race: Race, source: TrialRow) -> TrialConfig:
     seed = won.export.config.seed if won is not None and won.source.number == source.number else source.config.seed
     wanted = examples(race.study.spec, race.study.facts)
     assert wanted is not None
-    return replace(source.config, number=records.finale_number(source.number), seed=seed, examples=wanted)
+    number = records.finale_number(source.number)
+    return replace(source.config, number=number, seed=seed, examples=wanted, precision="bf16")
 
 
 def _start(store: Store, race: Race, source: TrialRow) -> None:

@@ -67,6 +67,7 @@ def _checked(spec: Spec, folder: Path) -> dict[str, Any]:
         "seed": spec.seed,
         "out_folder": str(folder / "data"),
         "methods": list(spec.search.method),
+        "precision": spec.search.precision,
         "targets": list(spec.search.targets),
         "metric": spec.objective.metric,
         "choices": spec.objective.choices,
@@ -87,7 +88,8 @@ def look_at_model(spec: Spec) -> dict[str, Any]:
         raise UnusableError(f"{spec.model} is a recording, which needs no GPU", "name a model's folder or a hub id")
     with tempfile.TemporaryDirectory() as temporary:
         request = Path(temporary) / "check.json"
-        request.write_text(json.dumps({"model": spec.model, "methods": list(spec.search.method)}))
+        asked = {"model": spec.model, "methods": list(spec.search.method), "precision": spec.search.precision}
+        request.write_text(json.dumps(asked))
         return _answer(request)
 
 
@@ -248,6 +250,7 @@ def refuse_nothing(planned: Outline, notes: Sequence[str] = ()) -> None:
     )
 
 
+FP8_CAPABILITY = (8, 9)  # compute capability from which on GPUs multiply 8-bit floats
 EIGHT_BIT = ("bitsandbytes", "torchao")  # either of them has AdamW with 8-bit moments
 
 
@@ -272,6 +275,16 @@ def refuse_device(spec: Spec, facts: Mapping[str, Any]) -> None:
         raise UnusableError(
             f"machine.device {spec.machine.device}: this machine has {gpus} usable GPUs",
             "write auto or cpu, or launch where that GPU is",
+        )
+
+
+def refuse_precision(spec: Spec, facts: Mapping[str, Any]) -> None:
+    """Raises UnusableError where this machine's GPU does not multiply what the spec asks for. A worker is paid for."""
+    found = facts.get("capability")
+    if spec.search.precision == "fp8" and found is not None and tuple(found) < FP8_CAPABILITY:
+        raise UnusableError(
+            f"search.precision fp8: {facts['device']} does not multiply 8-bit floats, as GPUs since Ada and Hopper do",
+            "write search.precision: bf16, or launch on a newer GPU",
         )
 
 

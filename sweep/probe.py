@@ -93,6 +93,7 @@ def _job(
         timings=spec.machine.timings,
         slots=None if spec.machine.slots == "auto" else spec.machine.slots,
         max_rank=max(spec.search.rank),
+        precision=spec.search.precision,
         methods=list(spec.search.method),
         **full_training(spec, facts),
     )

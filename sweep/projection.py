@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from budgets.forecast import Forecast, Piece, Seconds, Work, floor_seconds, flops_per_token
+from budgets.forecast import ROUNDED, Forecast, Piece, Seconds, Work, floor_seconds, flops_per_token
 from sweep import records, seats
 from sweep.pricing import SECONDS_A_TOKEN
 from sweep.records import Study, TrialRow
@@ -405,7 +405,7 @@ class Projector:
         return self._once(self._training, config, width, shared_batch, loose)
 
     def _training(self, config: TrialConfig, width: float, shared_batch: float, loose: float) -> Work:
-        row = self.plan.run_tokens / self.plan.examples
+        row, rounded = self.plan.run_tokens / self.plan.examples, float(config.precision == "fp8")
         features = {
             "full": float(config.method == "full"),
             "log_batch": 0.0 if self._layers else math.log(config.batch_size / USUAL_BATCH),
@@ -413,13 +413,13 @@ class Projector:
             "attention": float(config.targets == "attention"),
             "mlp": float(config.targets == "mlp"),
             "rank": (config.rank or 0) / 64,
+            "rounded": rounded,
         }
         if not self._layers:  # what of a step is fixed is learned from the widths that were measured
             features |= {"beside": 1 - 1 / width, "log_width": math.log(width)}
         adapter = (config.rank or 0) * self._per_rank.get(config.targets or "", 0)
-        prior = flops_per_token(self.parameters, config.method, adapter) / self.flops
-        floor = floor_seconds(self._layers, shared_batch * row)
-        prior += floor
+        floor, speed = floor_seconds(self._layers, shared_batch * row), self.flops / ROUNDED**rounded
+        prior = flops_per_token(self.parameters, config.method, adapter) / speed + floor
         loose *= floor / prior
         prior = SECONDS_A_TOKEN if self._metered_by_token else prior
         return Work("train", prior, features, owner=str(config.number), loose=loose)

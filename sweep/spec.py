@@ -34,6 +34,7 @@ from sweep.explain import explain, foremost, lines_of, repeated
 T = typing.TypeVar("T")
 Method = Literal["lora", "full"]
 Targets = Literal["attention", "mlp", "all-linear"]
+Precision = Literal["bf16", "fp8"]
 MAX_SLOTS = 64
 PATIENCE = 20  # trials, where patience is asked for without any limit
 NEW = {"new": True}  # the context of a spec that was just read: what is stored was launched under the rules of its time
@@ -258,6 +259,7 @@ class SearchSpec(_Section):
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    precision: Precision = "bf16"  # of LoRA's products with the frozen base; what is confirmed is trained in bf16
     sampler: Annotated[str, BeforeValidator(_sampler)] = "curves"  # where the priors leave the choice
     priors: str = Field(default="default", min_length=1)  # default, none, or a file that changes sweep/priors.yaml
     # Earlier studies of the database whose best configurations are tried first; auto: those of a similar model or data.
@@ -268,6 +270,12 @@ class SearchSpec(_Section):
     def _rising(self) -> SearchSpec:
         if not isinstance(self.rungs, str) and list(self.rungs) != sorted(set(self.rungs)):
             raise ValueError(f"rungs must rise: {list(self.rungs)}")
+        return self
+
+    @model_validator(mode="after")
+    def _precise(self) -> SearchSpec:
+        if self.precision != "bf16" and "full" in self.method:
+            raise ValueError(f"precision {self.precision} is for LoRA alone: write bf16, or method: [lora]")
         return self
 
     @field_validator("first")

@@ -44,7 +44,8 @@ def apply(connection: Connection, spec: Spec, facts: Mapping[str, Any]) -> dict[
         distinct = [one for place, one in enumerate(every) if one not in every[:place]]
         found["priors"] = known.model_copy(update={"first": tuple(distinct)}).model_dump(mode="json")
     device = facts["device"]
-    alike = [s for s in studies if (s.spec.model, s.facts["device"], s.unit) == (spec.model, device, "hour")]
+    wanted = (spec.model, spec.search.precision, device, "hour")
+    alike = [s for s in studies if (s.spec.model, s.spec.search.precision, s.facts["device"], s.unit) == wanted]
     # Who trained longest measured best: one that ended after some steps knows what its first ones took.
     for study in sorted(alike, key=lambda s: _trained_ms(connection, s), reverse=True):
         speed = _flops(connection, study)

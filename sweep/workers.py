@@ -408,6 +408,7 @@ class Workers:
             stop_command=spec.machine.stop_command,
             slots=None if spec.machine.slots == "auto" else spec.machine.slots,
             max_rank=max(spec.search.rank),
+            precision=spec.search.precision,
             methods=list(spec.search.method),
             metric=spec.objective.metric,
             choices=None if spec.objective.choices is None else list(spec.objective.choices),

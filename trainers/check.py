@@ -2,9 +2,9 @@
 
 The request is an object with `model`, `train`, `validation`, `test` (a share, a file or data set; `test` may be null),
 `max_tokens`, `seed`, `out_folder`, `methods` (lora, full) and `targets` (attention, mlp, all-linear); it may have
-`retention` (a file or data set), `metric` (validation_loss, exact_match, accuracy, module:function), `choices` (of
-accuracy) and `max_new_tokens` (of a metric on text). The answer is one line of JSON on stdout, and nothing else is
-written there:
+`precision` (bf16, fp8), `retention` (a file or data set), `metric` (validation_loss, exact_match, accuracy,
+module:function), `choices` (of accuracy) and `max_new_tokens` (of a metric on text). The answer is one line of JSON on
+stdout, and nothing else is written there:
 
     {"ok": true, "parameters": ..., "shape": {...}, "data": {...}, ...}                         exit code 0
     {"ok": false, "kind": "model" | "data" | "objective", "message": "...", "hint": "..."}      exit code 7
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers import metrics
+from trainers.messages import Precision
 from trainers.metrics import MetricError
 from trainers.named import ModelError, data_file, model_folder
 from trainers.splits import DataError
@@ -58,23 +59,23 @@ def _device() -> dict[str, Any]:
 
     cores = os.process_cpu_count() if sys.version_info >= (3, 13) else len(os.sched_getaffinity(0))
     if not torch.cuda.is_available():
-        return {"device": "cpu", "cpu_cores": cores, "gpus": 0, "gpu_memory_bytes": None}
+        return {"device": "cpu", "cpu_cores": cores, "gpus": 0, "gpu_memory_bytes": None, "capability": None}
     properties = torch.cuda.get_device_properties(0)
-    memory, count = properties.total_memory, torch.cuda.device_count()
-    return {"device": properties.name, "cpu_cores": cores, "gpus": count, "gpu_memory_bytes": memory}
+    found = {"device": properties.name, "cpu_cores": cores, "gpus": torch.cuda.device_count()}
+    return found | {"gpu_memory_bytes": properties.total_memory, "capability": [properties.major, properties.minor]}
 
 
-def _shape(model: Any) -> dict[str, Any] | None:
+def _shape(model: Any, precision: Precision) -> dict[str, Any] | None:
     """The model's shape; None where its code does not run without weights: what it needs is not predicted then."""
     from trainers.shapes import shape_of
 
     try:
-        return dataclasses.asdict(shape_of(model))
+        return dataclasses.asdict(shape_of(model, precision))
     except ModelError:
         return None
 
 
-def model_alone(name: str, methods: Sequence[str]) -> dict[str, Any]:
+def model_alone(name: str, methods: Sequence[str], precision: Precision = "bf16") -> dict[str, Any]:
     """What is seen of a model by its configuration. Raises ModelError."""
     from trainers import models
     from trainers.quantised import check_quantised
@@ -83,8 +84,9 @@ def model_alone(name: str, methods: Sequence[str]) -> dict[str, Any]:
     config = models.load_config(models.resolve(name, ["config.json"]))
     model = models.skeleton(config)
     models.head_of(model)
-    check_quantised(name, model, methods)
-    return {"parameters": model.num_parameters(), "shape": dataclasses.asdict(shape_of(model)), **_device()}
+    check_quantised(name, model, methods, precision)
+    shape = dataclasses.asdict(shape_of(model, precision))
+    return {"parameters": model.num_parameters(), "shape": shape, **_device()}
 
 
 def check(request: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +111,8 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     models.check_weights(folder)
     model = models.skeleton(config)
     models.head_of(model)
-    check_quantised(folder.name, model, request["methods"])
+    precision: Precision = request.get("precision", "bf16")
+    check_quantised(folder.name, model, request["methods"], precision)
     text = config.get_text_config()
     per_rank = {}
     for targets in request["targets"] if "lora" in request["methods"] else []:
@@ -138,7 +141,7 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
         "layers": text.num_hidden_layers,
         "vocabulary": text.vocab_size,
         "model_type": config.model_type,
-        "shape": _shape(model),
+        "shape": _shape(model, precision),
         **_device(),
         "data": data,
     }
@@ -165,7 +168,8 @@ def _answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     try:
         _look_at_names(request)  # first, since what follows imports torch, transformers and datasets
         _silence()
-        found = check(request) if "train" in request else model_alone(request["model"], request["methods"])
+        alone = (request["model"], request["methods"], request.get("precision", "bf16"))
+        found = check(request) if "train" in request else model_alone(*alone)
     except ModelError as error:
         return BAD_INPUT, _refusal("model", str(error), "model: in the spec names a folder or a hub id")
     except DataError as error:

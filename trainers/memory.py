@@ -33,6 +33,8 @@ MICRO_TOKENS = 8192  # through the model at once on a GPU (trainers/training.py)
 SHARDED_TOKENS = 16384  # the same on each of several GPUs, where it fits: every part gathers all weights anew
 CAPTURED = 2**29  # parameters up to which full training runs from CUDA graphs: launching takes longer than computing
 SHORTEST_STREAM = 2048  # tokens: what a probe tries first (trainers/lora/probe.py)
+BF16_BYTES = 2.0  # a weight
+ROUNDED_BYTES = 2  # a weight, beside bf16: rounded to 8 bits for the forward pass and for the backward pass
 RANK_STEP = 16  # ranks are computed with in multiples (trainers/lora/bank.py)
 ADAPTER_BYTES = 18  # a parameter: fp32 weight, gradient and two moments, and the bf16 copy that is computed with
 HEAD_LOGITS, HEAD_ROWS = 2**28, 512  # at once (trainers/lora/head.py): logits at most, tokens at least
@@ -73,7 +75,8 @@ class Shape:
     gates: int  # elements that activation functions read: outputs of the MLP's first linears
     outside: int  # bytes that what is around the layers keeps, over frozen weights
     outside_trained: int  # the same where all weights are trained
-    weight_bytes: float = 2.0  # of one weight of the layers' linears, with its share of the scales: bf16, or quantised
+    # Of one weight of the layers' linears, with its share of the scales: bf16, quantised, or bf16 and its roundings.
+    weight_bytes: float = BF16_BYTES
 
     def per_rank(self, targets: Targets) -> int:
         """Parameters of an adapter for each unit of rank."""
@@ -203,13 +206,15 @@ def _lora(shape: Shape, setup: Setup) -> Peak:
     # Beside what the layers keep: the embedded stream's gradient, the hidden states, their gradient, and its copy that
     # the captured backward reads.
     ends = shape.outside + 4 * 2 * shape.hidden
+    # Gradients of the MLP's first linears in 8 bits, beside those in bf16.
+    rounded = tokens * shape.gates // shape.layers if shape.weight_bytes > BF16_BYTES else 0
     return Peak(
         {
             "weights": shape.base_bytes,
             "adapters": setup.slots * slot_bytes(shape, setup.targets, setup.rank),
             "activations": tokens * (layer_token(shape, setup.rank) + ends),
             # Forward and backward are captured, so that their memory is not the head's between them.
-            "passing": _passing(shape, tokens),
+            "passing": _passing(shape, tokens) + rounded,
             "logits": _logits(shape, tokens),
         }
     )

@@ -29,6 +29,7 @@ from typing import Any, ClassVar, Literal
 Method = Literal["lora", "full"]
 Targets = Literal["attention", "mlp", "all-linear"]
 Optimizer = Literal["adamw", "adamw-8bit"]
+Precision = Literal["bf16", "fp8"]
 FailureCode = Literal["diverged", "out_of_memory", "disk", "error"]
 
 # In the environment of everything that a worker starts: the worker's folder.
@@ -59,6 +60,7 @@ class TrialConfig:
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    precision: Precision = "bf16"  # of LoRA's products with the frozen base, in training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,7 @@ class WorkerJob:
     stop_command: str | None = None
     slots: int | None = None  # LoRA trials that train at once; None: 1 on the CPU, what a probe finds on a GPU
     max_rank: int = 64  # of the search space: what a slot must have memory for
+    precision: Precision = "bf16"  # of the search: with fp8 the base is rounded too, for trials that want it
     methods: list[Method] = field(default_factory=lambda: ["lora", "full"])  # that the study searches
     optimizer: Optimizer = "adamw"  # of full-parameter trials
     checkpointing: bool = False  # full-parameter trials keep no activations inside a layer: slower, and far smaller

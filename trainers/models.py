@@ -318,7 +318,7 @@ def _pack(job: WorkerJob, base: Base, train: Split, validation: Split) -> tuple[
         return 1, None  # packing saves nothing on a CPU, which one trial keeps busy
     from trainers.lora import probe
 
-    width = probe.choose(base, train, validation, job.max_rank)
+    width = probe.choose(base, train, validation, job.max_rank, job.precision)
     return width.slots, width.tokens
 
 
@@ -328,11 +328,12 @@ def _lora_engine(job: WorkerJob, base: Base, train: Split, validation: Split) ->
     with _timed("probe"):
         slots, stream_tokens = _pack(job, base, train, validation)
     with _timed("packed engine"):
-        lora = LoraEngine(base, train, validation, job.rung_rows, stream_tokens, slots, job.max_rank)
+        widths = stream_tokens, slots, job.max_rank
+        lora = LoraEngine(base, train, validation, job.rung_rows, *widths, job.precision)
         if base.device.type == "cuda":
             from trainers.lora import probe
 
-            probe.warm_up(lora, job.max_rank)
+            probe.warm_up(lora, job.max_rank, job.precision)
     return lora
 
 
@@ -353,7 +354,7 @@ def load_engines(job: WorkerJob, compiling: Sequence[subprocess.Popen[bytes]] = 
     train, validation = (load_split(Path(job.data), name) for name in ("train", "validation"))
     with _timed("base model"):
         base = load_base(job.model, job.device)
-        check_quantised(base.name, base.model, job.methods)
+        check_quantised(base.name, base.model, job.methods, job.precision)
         verify_loss(base, [train[row] for row in compared_rows(train)])
     with _timed("kernels"):
         if compiling:

@@ -13,10 +13,10 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from trainers.memory import BF16_BYTES
+from trainers.messages import Precision
 from trainers.models import LOAD_ERRORS, layer_linears, one_line
 from trainers.named import ModelError
-
-BF16 = 2.0  # bytes a weight
 
 
 def _settings(config: PretrainedConfig) -> dict[str, Any] | None:
@@ -33,7 +33,7 @@ def _whole(model: PreTrainedModel, settings: Mapping[str, Any]) -> list[str]:
     return list(HfQuantizer.get_modules_to_not_convert(model, named, model._keep_in_fp32_modules))
 
 
-def check_quantised(name: str, model: PreTrainedModel, methods: Sequence[str]) -> None:
+def check_quantised(name: str, model: PreTrainedModel, methods: Sequence[str], precision: Precision = "bf16") -> None:
     """Raises ModelError where a quantised model, loaded or on the meta device, can't be read or trained over."""
     settings = _settings(model.config)
     if settings is None:
@@ -52,6 +52,10 @@ def check_quantised(name: str, model: PreTrainedModel, methods: Sequence[str]) -
             f"{name}: its weights are quantised ({kind}), and full training steps whole ones; "
             "use search.method: [lora], or the model that it was made from"
         )
+    if precision == "fp8":
+        raise ModelError(
+            f"{name}: its weights are quantised ({kind}), fp8 rounds whole ones; use search.precision: bf16"
+        )
     head = next((path for path, module in model.named_modules() if module is model.get_output_embeddings()), "")
     if should_convert_module(head, _whole(model, settings)):
         raise ModelError(f"{name}: its head is quantised, which the loss reads; use a base that left {head} as it was")
@@ -61,12 +65,12 @@ def bytes_a_weight(model: PreTrainedModel) -> float:
     """Bytes that a weight of the layers' linears takes on average, with its share of the scales."""
     settings = _settings(model.config)
     if settings is None or not settings.get("load_in_4bit"):
-        return BF16
+        return BF16_BYTES
     # A scale for 64 weights: fp32, or in 8 bits with an fp32 one for 256 of them.
     scales = 1 / 64 + 4 / (64 * 256) if settings.get("bnb_4bit_use_double_quant") else 4 / 64
     whole, taken, count = _whole(model, settings), 0.0, 0
     for name, (linear, _) in layer_linears(model).items():
         size = linear.in_features * linear.out_features
-        taken += size * (0.5 + scales if should_convert_module(name, whole) else BF16)
+        taken += size * (0.5 + scales if should_convert_module(name, whole) else BF16_BYTES)
         count += size
     return taken / max(count, 1)

@@ -17,7 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trainers.memory import Shape
+from trainers.memory import ROUNDED_BYTES, Shape
+from trainers.messages import Precision
 from trainers.models import layer_linears, layers_of, one_line
 from trainers.named import ModelError
 from trainers.quantised import bytes_a_weight
@@ -65,8 +66,11 @@ def _key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def shape_of(model: PreTrainedModel) -> Shape:
-    """The shape of a model on the meta device; the model is used up. Raises ModelError where its code does not run."""
+def shape_of(model: PreTrainedModel, precision: Precision = "bf16") -> Shape:
+    """The shape of a model on the meta device; the model is used up. Raises ModelError where its code does not run.
+
+    `precision` is that of LoRA's products with the base.
+    """
     model.to(torch.bfloat16).eval()
     decoder, embedding = model.get_decoder(), model.get_input_embeddings()
     head = model.get_output_embeddings()
@@ -97,7 +101,7 @@ def shape_of(model: PreTrainedModel) -> Shape:
         gates=_gates(frozen, head.in_features) // _TOKENS,
         outside=frozen.outside // _TOKENS,
         outside_trained=trained.outside // _TOKENS,
-        weight_bytes=bytes_a_weight(model),
+        weight_bytes=bytes_a_weight(model) + (ROUNDED_BYTES if precision == "fp8" else 0),
     )
 
 

@@ -68,6 +68,7 @@ def command(
             show_plan(Console(stderr=True), planned.as_json(), price.note, facts, wanted.machine.stop_command)
             launch.refuse_optimizer(wanted)
             launch.refuse_device(wanted, facts)
+            launch.refuse_precision(wanted, facts)
             if not anyway:
                 launch.refuse_nothing(planned, warm_start.speed_from(facts))
             if not yes and not click.confirm("Launch?", err=True):

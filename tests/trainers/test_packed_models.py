@@ -207,6 +207,8 @@ def test_what_cannot_train_over_a_quantised_base_is_refused(
         check_quantised("m", skeleton(load_config(folder)), ["lora"])
     assert "\n" not in str(caught.value)
     monkeypatch.undo()
+    with pytest.raises(ModelError, match=r"fp8 rounds whole ones; use search.precision: bf16"):
+        check_quantised("m", skeleton(load_config(folder)), ["lora"], "fp8")
     for settings, said in (({"load_in_8bit": True}, "use a base of 4 bits"), (NF4 | SKIPS, "head is quantised")):
         other = skeleton(load_config(quantise(**settings)))
         with pytest.raises(ModelError, match=said):

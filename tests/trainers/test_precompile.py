@@ -49,7 +49,9 @@ def test_shares_fill_the_cache_for_hopper(tmp_path: Path) -> None:
 def test_a_worker_s_request_is_understood(tmp_path: Path) -> None:
     """Proves that what trainers/lora/ahead.py asks for is compiled: the first of many shares, with the optimizer."""
     model, cache = save_model(tmp_path / "model"), tmp_path / "cache"
-    request = json.dumps({"slots": 2, "max_rank": 16, "longest": 64, "capability": [9, 0], "share": [0, 1000]})
+    request = json.dumps(
+        {"slots": 2, "max_rank": 16, "longest": 64, "precision": "bf16", "capability": [9, 0], "share": [0, 1000]}
+    )
     command = [sys.executable, "-m", "trainers.lora.precompile", str(model), request]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
     subprocess.run(command, env=environment, check=True)

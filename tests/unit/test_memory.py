@@ -125,6 +125,14 @@ def test_lora_by_hand() -> None:
     assert sum(parts.values()) == peak(SMOLLM2, lora(targets="mlp", rank=40, slots=4)).total
 
 
+def test_a_rounded_base_by_hand() -> None:
+    """Proves what 8-bit floats add: both roundings of every linear of the layers, and the gradients of gate and up."""
+    whole, rounded = (peak(shape, lora()).parts for shape in (SMOLLM2, dataclasses.replace(SMOLLM2, weight_bytes=4.0)))
+    linears = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+    changed = {"weights": whole["weights"] + 2 * linears, "passing": whole["passing"] + 8192 * 2 * 1536}
+    assert rounded == whole | changed
+
+
 def test_full_by_hand() -> None:
     """Proves the states of full training: 18 bytes a parameter, 12.03 with 8-bit moments, and half on two GPUs; and
     that the peak of a large model is its optimizer's step, of a small one its loss."""

@@ -16,7 +16,7 @@ import recorded
 from sqlalchemy import Connection, select
 
 from budgets.money import parse_usd
-from sweep import records, summary, tables
+from sweep import finale, records, summary, tables
 from sweep.endgame import Candidate, Run, clearly_behind, confirmation, entered, next_runs, winner
 from sweep.projection import examination, untaught
 from sweep.spec import Spec, validate
@@ -257,6 +257,23 @@ def test_without_two_seeds_the_best_run_is_shown_as_not_confirmed(connection: Co
     connection.execute(tables.trial.delete().where(tables.trial.c.source.is_not(None)))
     best = summary.best(connection, "words")
     assert not best["confirmed"] and best["confirmation"] is None and best["trial"]["number"] == 2
+
+
+def test_what_is_confirmed_is_trained_in_bf16(connection: Connection) -> None:
+    """Proves that a confirmation and a finale of a trial in 8-bit floats are its configuration, but for that."""
+    config = TrialConfig(
+        number=2, method="lora", learning_rate=1e-3, batch_size=4, examples=90, seed=0, precision="fp8"
+    )
+    source = records.newcomer(config)
+    confirmed = confirmation(source, 1, 0)
+    assert confirmed.precision == "bf16" and confirmed.seed != config.seed
+    assert dataclasses.replace(confirmed, number=2, seed=0, precision="fp8") == config
+    study = records.study(connection, "words")
+    search = study.spec.search.model_copy(update={"precision": "fp8", "epochs": 1.0})
+    longer = study.spec.endgame.model_copy(update={"finale_length": 2.0})
+    spec = study.spec.model_copy(update={"search": search, "endgame": longer})
+    whole = finale.finale_cost(study.spec.model_copy(update={"endgame": longer}), study.facts, untaught(study))
+    assert whole and finale.finale_cost(spec, study.facts, untaught(study)) == whole
 
 
 def test_a_study_from_before_confirmation_confirms_nothing(connection: Connection) -> None:

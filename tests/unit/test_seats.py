@@ -126,6 +126,20 @@ def test_a_gpu_that_is_not_there_is_refused_before_it_is_paid() -> None:
     launch.refuse_device(spec("cuda"), {"device": "NVIDIA H100", "gpus": 1})
 
 
+def test_a_gpu_without_8_bit_products_is_refused_before_it_is_paid() -> None:
+    """Proves that fp8 asks for compute capability 8.9; a CPU, on which it is a rehearsal, and recordings take it."""
+
+    def spec(precision: str) -> Spec:
+        return cast(Spec, SimpleNamespace(search=SimpleNamespace(precision=precision)))
+
+    old = {"device": "NVIDIA A100", "capability": [8, 0]}
+    with pytest.raises(UnusableError, match=r"search\.precision fp8: NVIDIA A100 does not multiply 8-bit floats"):
+        launch.refuse_precision(spec("fp8"), old)
+    launch.refuse_precision(spec("bf16"), old)
+    for fits in ({"device": "NVIDIA L4", "capability": [8, 9]}, {"device": "cpu", "capability": None}, {}):
+        launch.refuse_precision(spec("fp8"), fits)
+
+
 def test_occupancy_is_weighted_by_what_was_computed(tmp_path: Path) -> None:
     """Proves the statement's figure: what nobody measured is left out, and full-parameter training pads nothing."""
     store = recorded.study(tmp_path)

@@ -99,6 +99,8 @@ def test_what_is_missing_is_said_with_what_would_do(path: Path, override: str, h
         ("search.rank=true", r"true and false are no choices"),
         ("machine.device=gpu", r"device: is auto, cpu, cuda or cuda:N"),
         ("search.rungs=[0.2, 0.1]", r"rungs must rise"),
+        ("search={precision: fp8, method: [lora, full]}", r"precision fp8 is for LoRA alone: write bf16, or method"),
+        ("search.precision=fp16", r"search\.precision: input should be 'bf16' or 'fp8'"),
         (
             "search.rungs=halvng",
             r"^--set search\.rungs=halvng: search\.rungs: is a list of shares .*`hyperband`.* \(given: 'halvng'\)",

@@ -50,7 +50,8 @@ def compiling(job: WorkerJob) -> Iterator[list[subprocess.Popen[bytes]]]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = max(1, min(_MOST, cores - 1))
     longest = max(splits.longest(Path(job.data), name) for name in ("train", "validation"))
-    wanted = {"slots": job.slots, "max_rank": job.max_rank, "longest": longest, "capability": found}
+    wanted = {"slots": job.slots, "max_rank": job.max_rank, "longest": longest}
+    wanted |= {"precision": job.precision, "capability": found}
     # A child of the worker would take the watchdog's pid for its own parent's, and end itself.
     environment = {**os.environ, processes.WATCHDOG_PID: str(os.getpid())}
     started = []

@@ -167,6 +167,11 @@ class Slot:
         return slot
 
     @property
+    def rounds(self) -> bool:
+        """Whether the trial is trained over the base in 8 bits."""
+        return self.config.precision == "fp8"
+
+    @property
     def rank(self) -> int:
         """The trial's rank."""
         assert self.config.rank is not None

@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,17 +24,17 @@ from trainers.checkpoints import CheckpointError, State, holds, write_folder, wr
 from trainers.engine import Evaluation, Kept, Position, TrialFailed, Warm
 from trainers.generation import greedy
 from trainers.health import Health
-from trainers.lora import adapter_files, packing
+from trainers.lora import adapter_files, float8, packing
 from trainers.lora.adapted import adapted
 from trainers.lora.bank import Layout, Slot
 from trainers.lora.head import score
 from trainers.lora.linear import PackedGroup, pack, unpack
 from trainers.lora.models import find_groups
-from trainers.lora.packing import Batch, Live
+from trainers.lora.packing import Batch, Live, Report
 from trainers.lora.runner import CpuRunner, Runner
 from trainers.lora.stream import Part
 from trainers.loss import compare_with_own, compared_rows
-from trainers.messages import FailureCode, Targets, TrialConfig
+from trainers.messages import FailureCode, Precision, Targets, TrialConfig
 from trainers.models import Base, one_line, target_modules
 from trainers.named import ModelError
 from trainers.splits import Split, batches, cut
@@ -43,15 +43,6 @@ from trainers.training import DROPOUT, MICRO_TOKENS, derive_seed, evaluation, is
 T = TypeVar("T")
 _Ready = tuple[adapter_files.Content, list[NDArray[np.int64]]]  # of a trial that comes, and its batches
 _REPORTS_AHEAD = 2  # steps whose figures may still be on their way from the GPU
-
-
-@dataclass
-class _Report:
-    """Figures of optimizer steps on their way to the host: (trial, step) each, and [loss, gradient norm] of each."""
-
-    steps: list[tuple[Live, int]]
-    figures: torch.Tensor
-    arrived: torch.cuda.Event | None
 
 
 class LoraEngine:
@@ -68,10 +59,12 @@ class LoraEngine:
         micro_tokens: int | None = None,
         slots: int = 1,
         max_rank: int = 1,
+        precision: Precision = "bf16",
     ) -> None:
         """`micro_tokens` go through the model at once: of each trial on the CPU, of all together on a GPU.
 
         `max_rank` is what trials are expected to have at most: for a larger one a GPU's layers are compiled anew.
+        With a `precision` of fp8 the base is rounded too, for trials that want it; all are judged by its whole weights.
         """
         self.base = base
         self.train = train
@@ -82,10 +75,10 @@ class LoraEngine:
         self._max_rank = max_rank
         groups = find_groups(base)
         self._layout = Layout(groups)
-        self._packed = [PackedGroup(group) for group in groups]
+        self._packed = [PackedGroup(group, precision) for group in groups]
         self._trials: dict[int, Live] = {}
         self._ready: dict[tuple[TrialConfig, Path | None], _Ready] = {}
-        self._reports: deque[_Report] = deque()
+        self._reports: deque[Report] = deque()
         self._failures: list[TrialFailed] = []
         self._known_endings: dict[Targets, list[str]] = {}
         self.trained_tokens = 0  # real ones, of all trials
@@ -93,7 +86,7 @@ class LoraEngine:
         self._runner: Runner = self._make_runner()
         self._sums = torch.zeros(slots + 1, dtype=torch.float64, device=base.device)
         self._sums_of = self._sums.unbind()  # views
-        self._verify()
+        self._verify(precision)
 
     def _make_runner(self) -> Runner:
         longest = int(max(self.train.lengths.max(), self.validation.lengths.max()))
@@ -115,12 +108,16 @@ class LoraEngine:
                 unpack(packed)
 
     @torch.no_grad()
-    def _verify(self) -> None:
+    def _verify(self, precision: Precision) -> None:
         """Compares the loss of a few examples in one stream with the model's own. Raises ModelError on a mismatch."""
         rows = compared_rows(self.train)
+        part = Part(self.slots, None, rows, rows, 0, 1.0)
         try:
             with self._at_work():
-                ours = float(self._nll(self.train, Part(self.slots, None, rows, rows, 0, 1.0)))
+                ours = float(self._nll(self.train, part))
+                if precision == "fp8":
+                    rounded = float(self._nll(self.train, part, rounded=True))
+                    float8.compare(self.base.name, ours, rounded, int(self.train.completions[rows].sum()))
         except (TypeError, ValueError) as error:
             raise ModelError(f"{self.base.name}: cannot be packed: {one_line(error)}; use another model") from error
         compare_with_own(self.base, [self.train[row] for row in rows], ours)
@@ -259,7 +256,7 @@ class LoraEngine:
 
     def _parts(self, training: list[Live]) -> list[Part]:
         if self._runner.shared:
-            order = sorted(training, key=lambda live: (live.batch is not None and live.batch.fresh, live.tokens))
+            order = packing.turns(training)
             taken = packing.share([self._batch(live) for live in order], self.micro_tokens)
             taking = [(live, rows) for live, rows in zip(order, taken, strict=True) if rows]
         else:
@@ -328,7 +325,7 @@ class LoraEngine:
             figures = figures.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._reports.append(_Report([(live, live.step) for live in complete], figures, arrived))
+        self._reports.append(Report([(live, live.step) for live in complete], figures, arrived))
 
     def _settle(self, ahead: int) -> None:
         """Reads the figures of all but the last `ahead` reports, and judges the trials by them."""
@@ -416,17 +413,17 @@ class LoraEngine:
         index, slot = (self.slots, None) if live is None else (live.index, live.slot)
         return Part(index, slot, rows, rows, 0, 1.0)
 
-    def _nll(self, split: Split, part: Part) -> torch.Tensor:
-        """The loss of one part (fp64 scalar), without dropout."""
+    def _nll(self, split: Split, part: Part, rounded: bool = False) -> torch.Tensor:
+        """The loss of one part (fp64 scalar), without dropout, by the base's whole weights or by the rounded ones."""
         stream, targets = self._runner.load(split, [part])
-        stream.dropout = False
+        stream.dropout, stream.rounded = False, rounded
         hidden = self._runner.forward(stream, training=False)
         return score(hidden, self.base.head.weight, targets, self.slots + 1, False)[0][part.index]
 
     def _each_nll(self, split: Split, part: Part) -> torch.Tensor:
         """The loss of each row of one part (fp64 [rows]), without dropout."""
         stream, targets = self._runner.load(split, [part])
-        stream.dropout = False
+        stream.dropout = stream.rounded = False
         hidden = self._runner.forward(stream, training=False)
         # To the head every row is a slot of its own; what pads the targets counts as one more.
         count = len(part.rows)

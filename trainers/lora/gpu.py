@@ -75,6 +75,9 @@ class Judging:
     hidden: torch.Tensor
 
 
+_Key = tuple[bool, bool, int]  # of what a stream launches in training: dropout, a rounded base, rank
+
+
 @dataclass
 class Frame:
     """Buffers of one stream shape, and its graphs once it was seen often enough to be worth them."""
@@ -83,7 +86,7 @@ class Frame:
     raw: torch.Tensor
     uses: int = 0  # to train in
     looks: int = 0  # to judge in
-    graphs: dict[tuple[bool, int], Captured] = field(default_factory=dict)  # by dropout and rank
+    graphs: dict[_Key, Captured] = field(default_factory=dict)
     judging: Judging | None = None
 
 
@@ -142,7 +145,7 @@ class GpuRunner:
         self.graphs = False
         self.kept = Kept()
         self.warm = Warm()
-        self._known: set[tuple[bool, int]] = set()  # by dropout and rank: what layers were compiled for
+        self._known: set[_Key] = set()  # what layers were compiled for
         self._first = False  # whether the stream under way is compiled for, or captured, or launched before that
 
     # --- slots and streams ------------------------------------------------------------------------------------------
@@ -180,6 +183,7 @@ class GpuRunner:
         self._staging[0].send(self._fields(laid, parts, frame.stream), frame.raw)
         frame.stream.tokens = tokens
         frame.stream.dropout = any(self._dropout[part.index] > 0 for part in parts if part.slot is not None)
+        frame.stream.rounded = any(part.slot is not None and part.slot.rounds for part in parts)
         return frame.stream, self._targets(laid)
 
     def _frame(self, length: int, room: int) -> Frame:
@@ -269,7 +273,7 @@ class GpuRunner:
         if not training:
             return self._judge(frame)
         frame.uses += 1
-        key = (stream.dropout, stream.rank)
+        key = (stream.dropout, stream.rounded, stream.rank)
         known = key in self._known  # else it is compiled by running it once, which no capture may do
         first = key not in frame.graphs if self.graphs else not known
         self._known.add(key)
@@ -398,7 +402,7 @@ class GpuRunner:
             for layer in layers:
                 layer._compiled_call_impl = None
 
-    def _capture(self, frame: Frame, key: tuple[bool, int]) -> None:
+    def _capture(self, frame: Frame, key: _Key) -> None:
         """Captures forward and backward of a frame. The gradient is zero meanwhile, so no slot's changes."""
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with self._recorded(forward):

@@ -131,9 +131,10 @@ def _adapted(
 def _up(
     s, tiles, table, bias, y, unit, stride,
     SIZE: tl.constexpr, FIRST: tl.constexpr, JOINED: tl.constexpr, RANK: tl.constexpr,
-    KIND: tl.constexpr, BIAS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr, BIAS: tl.constexpr, ONTO: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """y[t, n] = bias[n] + sum_ji s[t, FIRST + j * RANK + i] M[j * rank + i, n] for the tile's slot."""
+    """y[t, n] = bias[n] + sum_ji s[t, FIRST + j * RANK + i] M[j * rank + i, n] for the tile's slot; ONTO: y += that."""
     tile = tl.program_id(1)
     start, end, slot = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
     if end > start:
@@ -148,7 +149,10 @@ def _up(
         if BIAS:
             total += tl.load(bias + outer, mask=outer < SIZE, other=0.0).to(tl.float32)[None, :]
         place = y + rows[:, None].to(tl.int64) * SIZE + outer[None, :]
-        tl.store(place, total.to(y.dtype.element_ty), mask=(rows < end)[:, None] & (outer < SIZE)[None, :])
+        mask = (rows < end)[:, None] & (outer < SIZE)[None, :]
+        if ONTO:
+            total += tl.load(place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(place, total.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -304,16 +308,26 @@ def down(x: torch.Tensor, stream: Stream, group: Group, member: int | None, s: t
     return s
 
 
-def up(s: torch.Tensor, stream: Stream, group: Group, member: int | None, bias: torch.Tensor | None) -> torch.Tensor:
-    """Maps rank components back: through B of one linear, with its bias, or through A of the group (member None)."""
+def up(
+    s: torch.Tensor,
+    stream: Stream,
+    group: Group,
+    member: int | None,
+    bias: torch.Tensor | None,
+    onto: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Maps rank components back: through B of one linear, with its bias, or through A of the group (member None).
+
+    It is added to `onto`, which is then what is returned, where that is given.
+    """
     unit, size, joined = _matrix(group, member)
-    y = s.new_empty((s.shape[0], size))
+    y = s.new_empty((s.shape[0], size)) if onto is None else onto
     block = 64
     _up[(triton.cdiv(size, block), stream.wide.shape[0])](
         s, stream.wide, stream.table, y if bias is None else bias, y, unit, s.shape[1],
         SIZE=size, FIRST=(member or 0) * stream.rank, JOINED=joined, RANK=stream.rank,
-        KIND=KINDS.index(group.kind), BIAS=bias is not None, COLUMNS=_COLUMNS, BLOCK_T=WIDE, BLOCK_N=block,
-        num_warps=4, num_stages=2,
+        KIND=KINDS.index(group.kind), BIAS=bias is not None, ONTO=onto is not None, COLUMNS=_COLUMNS, BLOCK_T=WIDE,
+        BLOCK_N=block, num_warps=4, num_stages=2,
     )  # fmt: skip
     return y
 

@@ -8,6 +8,8 @@ computes the whole group: for token t of slot k and linear j,
 
 The operator is opaque to torch.compile, and its backward adds the adapters' gradients to the slots' own buffers: there
 are no parameters for autograd to gather, and what slots hold can change without anything being compiled again.
+
+Trials may be trained with W_j rounded to 8 bits (float8.py); all are judged with the weights themselves.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from trainers.lora import dropout
+from trainers.lora import dropout, float8
 from trainers.lora.bank import Group
 from trainers.lora.stream import Span, Stream
+from trainers.messages import Precision
 
 _groups: weakref.WeakValueDictionary[int, PackedGroup] = weakref.WeakValueDictionary()
 
@@ -32,9 +35,10 @@ class PackedGroup:
     `handle` names the group to the operator. It is a tensor since a number would be compiled in, once a layer.
     """
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, precision: Precision = "bf16") -> None:
         self.group = group
         self.plain = all(type(linear) in (nn.Linear, *_packed.values()) for linear in group.linears)
+        self._rounded = float8.Weights.of(group.linears) if precision == "fp8" and self.plain else None
         number = max(_groups.keys(), default=-1) + 1
         self.handle = torch.tensor(number)
         self.outputs = group.outputs
@@ -42,6 +46,12 @@ class PackedGroup:
         self.pending: list[torch.Tensor] = []
         self.stream: Stream | None = None
         _groups[number] = self
+
+    @property
+    def rounded(self) -> float8.Weights | None:
+        """The weights in 8 bits, where the stream is to be computed with them."""
+        assert self.stream is not None
+        return self._rounded if self.stream.rounded else None
 
     @property
     def span(self) -> Span:
@@ -150,10 +160,7 @@ packed_linears.register_autograd(_backward, setup_context=_setup_context)
 
 def _forward_cpu(packed: PackedGroup, x: torch.Tensor, rank: int) -> tuple[list[torch.Tensor], torch.Tensor]:
     group, span = packed.group, packed.span
-    ys = [
-        functional.linear(x, linear.weight, linear.bias) if packed.plain else x.new_zeros((x.shape[0], size))
-        for linear, size in zip(group.linears, group.outputs, strict=True)
-    ]
+    ys = _base_cpu(packed, x)
     s = x.new_zeros((x.shape[0], packed.columns * rank))
     slot = span.slot
     first = None if slot is None else slot.first(slot.copy, group)
@@ -169,10 +176,25 @@ def _forward_cpu(packed: PackedGroup, x: torch.Tensor, rank: int) -> tuple[list[
     return ys, s
 
 
+def _base_cpu(packed: PackedGroup, x: torch.Tensor) -> list[torch.Tensor]:
+    """The base's part of each linear's y; zeros where the layer computes it itself."""
+    group = packed.group
+    if (weights := packed.rounded) is not None:
+        given = float8.rounded(x)
+        ys = [float8.product(given, weight, x.dtype) for weight in weights.forward]
+        return [y if m.bias is None else y.add_(m.bias) for y, m in zip(ys, group.linears, strict=True)]
+    return [
+        functional.linear(x, linear.weight, linear.bias) if packed.plain else x.new_zeros((x.shape[0], size))
+        for linear, size in zip(group.linears, group.outputs, strict=True)
+    ]
+
+
 def _backward_cpu(packed: PackedGroup, grads: list[torch.Tensor], x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     group, span = packed.group, packed.span
     dx = torch.zeros_like(x)
-    if packed.plain:
+    if (weights := packed.rounded) is not None:
+        dx += float8.product(float8.rounded(torch.cat(grads, dim=1)), weights.backward, x.dtype)
+    elif packed.plain:
         for grad, linear in zip(grads, group.linears, strict=True):
             dx.addmm_(grad, linear.weight)
     slot = span.slot
@@ -197,12 +219,19 @@ def _backward_cpu(packed: PackedGroup, grads: list[torch.Tensor], x: torch.Tenso
 
 
 def _forward_cuda(packed: PackedGroup, x: torch.Tensor, rank: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    from trainers.lora import kernels
+    from trainers.lora import float8_kernels, kernels
 
     group, stream = packed.group, packed.stream
     assert stream is not None
     inputs = kernels.dropped(x, stream, group) if stream.dropout else x
     s = kernels.down(inputs, stream, group, None, x.new_empty((x.shape[0], packed.columns * rank)))
+    if (rounded := packed.rounded) is not None:
+        given = float8_kernels.rounded([x])
+        bases = (float8.product(given, weight, x.dtype) for weight in rounded.forward)
+        return [
+            kernels.up(s, stream, group, member, linear.bias, onto=base)
+            for member, (linear, base) in enumerate(zip(group.linears, bases, strict=True))
+        ], s
     ys = []
     for member, linear in enumerate(group.linears):
         # The adapters' part first: the big product then adds to it while it computes, where a pass of its own over
@@ -216,7 +245,7 @@ def _forward_cuda(packed: PackedGroup, x: torch.Tensor, rank: int) -> tuple[list
 
 
 def _backward_cuda(packed: PackedGroup, grads: list[torch.Tensor], x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    from trainers.lora import kernels
+    from trainers.lora import float8_kernels, kernels
 
     group, stream = packed.group, packed.stream
     assert stream is not None
@@ -226,6 +255,11 @@ def _backward_cuda(packed: PackedGroup, grads: list[torch.Tensor], x: torch.Tens
         kernels.down(grad, stream, group, member, slopes)
         kernels.outer(s, grad, stream, group, member)
     kernels.outer(slopes, kernels.dropped(x, stream, group) if stream.dropout else x, stream, group, None)
+    if (rounded := packed.rounded) is not None:
+        base = float8.product(float8_kernels.rounded(grads), rounded.backward, x.dtype)
+        if not stream.dropout:
+            return kernels.up(slopes, stream, group, None, None, onto=base)
+        return base.add_(kernels.dropped(kernels.up(slopes, stream, group, None, None), stream, group))
     weights = [linear.weight for linear in group.linears]
     if packed.plain and not stream.dropout and kernels.better_mixed(grads, weights, False):
         return kernels.mixed(grads, weights, False, slopes, stream, group, None, None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from trainers.lora.bank import Slot
 from trainers.training import Run
 
@@ -57,6 +59,24 @@ class Live(Run):
     index: int
     slot: Slot
     batch: Batch | None = None
+
+
+@dataclass
+class Report:
+    """Figures of optimizer steps on their way to the host: (trial, step) each, and [loss, gradient norm] of each."""
+
+    steps: list[tuple[Live, int]]
+    figures: torch.Tensor
+    arrived: torch.cuda.Event | None
+
+
+def turns(training: Sequence[Live]) -> list[Live]:
+    """Who puts examples into the next stream, the first one first: batches that were begun, then who has trained least.
+
+    A stream is of one precision, so those of the other one wait for theirs.
+    """
+    order = sorted(training, key=lambda live: (live.batch is not None and live.batch.fresh, live.tokens))
+    return [live for live in order if live.slot.rounds == order[0].slot.rounds]
 
 
 def share(batches: Sequence[Batch], budget: int) -> list[list[int]]:

@@ -7,8 +7,9 @@ the base model is being loaded. No GPU is touched: a compiler needs to know the 
 
     python -m trainers.lora.precompile MODEL JSON
 
-The JSON has `slots` (null: a probe will find them), `max_rank`, `longest` (tokens of an example), `capability` of the
-GPU (two numbers) and `share` (which of how many processes this is). trainers/lora/ahead.py starts them.
+The JSON has `slots` (null: a probe will find them), `max_rank`, `longest` (tokens of an example), `precision`,
+`capability` of the GPU (two numbers) and `share` (which of how many processes this is). trainers/lora/ahead.py starts
+them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from trainers import processes
 from trainers.lora.bank import Group, Layout, stream_rank
 from trainers.lora.stream import BLOCK, TILE, WIDE, Stream
+from trainers.messages import Precision
 
 _NAME = "sweep_shapes"
 _WARP = 32
@@ -151,7 +153,9 @@ def meta_stream(launches: Launches, length: int) -> Stream:
     )
 
 
-def compile_share(model: str, launches: list[Launches], share: int, count: int) -> list[str]:
+def compile_share(
+    model: str, launches: list[Launches], share: int, count: int, precision: Precision = "bf16"
+) -> list[str]:
     """Goes through every `count`-th of the launches from number `share` on; returns the names of all kernels launched.
 
     A launch is a group's forward and backward in a stream of one length, or attention's. Equal ones are left out. The
@@ -174,7 +178,8 @@ def compile_share(model: str, launches: list[Launches], share: int, count: int) 
     for wanted, length, unit in work[share::count]:
         stream = meta_stream(wanted, length)
         if isinstance(unit, Group):
-            launch_group(PackedGroup(unit), stream)
+            for stream.rounded in {False, precision == "fp8"}:
+                launch_group(PackedGroup(unit, precision), stream)
         else:
             assert stream.blocks is not None
             attention_kernels.launch(*unit, length, stream.blocks)
@@ -189,7 +194,8 @@ def main(arguments: list[str]) -> int:
     request = json.loads(text)
     share, count = request["share"]
     wanted = {key: request[key] for key in ("slots", "max_rank", "longest")}
-    compile_share(model, expected(**wanted, capability=request["capability"]), share, count)
+    launches = expected(**wanted, capability=request["capability"])
+    compile_share(model, launches, share, count, request["precision"])
     return 0
 
 

@@ -24,7 +24,7 @@ from trainers.engine import TrialFailed
 from trainers.lora.bank import RANK_STEP, Layout
 from trainers.lora.engine import LoraEngine
 from trainers.lora.models import find_groups
-from trainers.messages import TrialConfig
+from trainers.messages import Precision, TrialConfig
 from trainers.models import Base
 from trainers.named import ModelError
 from trainers.splits import Split
@@ -60,16 +60,16 @@ def shortest_of(speeds: dict[int, float]) -> int:
     return min(tokens for tokens, speed in speeds.items() if speed >= SATURATION * best)
 
 
-def choose(base: Base, train: Split, validation: Split, max_rank: int) -> Width:
+def choose(base: Base, train: Split, validation: Split, max_rank: int, precision: Precision = "bf16") -> Width:
     """Measures, or reads what was measured before; leaves nothing on the GPU. Raises ModelError: no room."""
     started = time.monotonic()
     mean = float(train.lengths.mean())
     slot_bytes = float(BYTES * Layout(find_groups(base)).elements("all-linear", max_rank))
-    key = _key(base, int(train.lengths.max()))
+    key = _key(base, int(train.lengths.max()), precision)
     kept = _read().get(key)
     if kept is None:
         kept = {"speeds": {}, "peaks": {}}
-        for tokens, speed, peak in _measure(base, train, validation, max_rank):
+        for tokens, speed, peak in _measure(base, train, validation, max_rank, precision):
             kept["speeds"][str(tokens)], kept["peaks"][str(tokens)] = speed, peak
         if not kept["speeds"]:
             raise ModelError(f"{base.name}: not even {SHORTEST} tokens at once fit on this GPU; use a smaller model")
@@ -80,17 +80,19 @@ def choose(base: Base, train: Split, validation: Split, max_rank: int) -> Width:
     return Width(slots_for(tokens, mean, left, slot_bytes), tokens, time.monotonic() - started)
 
 
-def warm_up(engine: LoraEngine, max_rank: int) -> None:
+def warm_up(engine: LoraEngine, max_rank: int, precision: Precision = "bf16") -> None:
     """Runs streams until everything is compiled, so that no trial pays for it. The engine is as fresh as before.
 
     The trial has the largest rank that is to come, since kernels are compiled for it. Raises TrialFailed.
     """
-    _drive(engine, max_rank, _SETTLED, lambda: None)
+    _drive(engine, max_rank, _SETTLED, lambda: None, precision)
     engine.evaluate(None, 1)
     engine.forget_tokens()
 
 
-def _measure(base: Base, train: Split, validation: Split, max_rank: int) -> list[tuple[int, float, int]]:
+def _measure(
+    base: Base, train: Split, validation: Split, max_rank: int, precision: Precision
+) -> list[tuple[int, float, int]]:
     """(tokens, tokens a second, bytes above the base) of streams of doubling length."""
     found: list[tuple[int, float, int]] = []
     tokens = SHORTEST
@@ -98,7 +100,7 @@ def _measure(base: Base, train: Split, validation: Split, max_rank: int) -> list
         free, _ = torch.cuda.mem_get_info(base.device)
         if found and 2 * found[-1][2] > SATURATION * free:
             break
-        measured = _stream(base, train, validation, tokens, max_rank)
+        measured = _stream(base, train, validation, tokens, max_rank, precision)
         torch.cuda.empty_cache()
         if measured is None:
             break
@@ -111,16 +113,18 @@ def _measure(base: Base, train: Split, validation: Split, max_rank: int) -> list
     return found
 
 
-def _stream(base: Base, train: Split, validation: Split, tokens: int, max_rank: int) -> tuple[float, int] | None:
+def _stream(
+    base: Base, train: Split, validation: Split, tokens: int, max_rank: int, precision: Precision
+) -> tuple[float, int] | None:
     """Tokens a second of streams of this length, and the most bytes they took above the base; None: they do not fit.
 
     The trial is a small one in streams that have room for the largest: what is compiled is what training runs.
     """
     torch.cuda.reset_peak_memory_stats(base.device)
     before = torch.cuda.memory_allocated(base.device)
-    engine = LoraEngine(base, train, validation, 1, tokens, slots=1, max_rank=max_rank)
+    engine = LoraEngine(base, train, validation, 1, tokens, slots=1, max_rank=max_rank, precision=precision)
     try:
-        speed = _drive(engine, RANK_STEP, _STREAMS, lambda: torch.cuda.synchronize(base.device))
+        speed = _drive(engine, RANK_STEP, _STREAMS, lambda: torch.cuda.synchronize(base.device), precision)
     except TrialFailed:
         return None
     peak = torch.cuda.max_memory_allocated(base.device) - before
@@ -130,7 +134,7 @@ def _stream(base: Base, train: Split, validation: Split, tokens: int, max_rank: 
     return speed, peak
 
 
-def _drive(engine: LoraEngine, rank: int, streams: int, wait: Callable[[], None]) -> float:
+def _drive(engine: LoraEngine, rank: int, streams: int, wait: Callable[[], None], precision: Precision) -> float:
     """Runs streams full of one trial that learns nothing; tokens a second after the settling ones, 0 if there are none.
 
     The trial's one batch is all rows, so that no stream is cut short by an optimizer step.
@@ -146,6 +150,7 @@ def _drive(engine: LoraEngine, rank: int, streams: int, wait: Callable[[], None]
         rank=rank,
         alpha=1.0,
         targets="all-linear",
+        precision=precision,
     )
     engine.admit(config, None, None)
     marks: list[tuple[float, int]] = []
@@ -164,8 +169,8 @@ def _drive(engine: LoraEngine, rank: int, streams: int, wait: Callable[[], None]
     return (last - first) / (end - start)
 
 
-def _key(base: Base, longest: int) -> str:
-    names = (base.name, torch.cuda.get_device_name(base.device), base.model.num_parameters(), longest)
+def _key(base: Base, longest: int, precision: Precision) -> str:
+    names = (base.name, torch.cuda.get_device_name(base.device), base.model.num_parameters(), longest, precision)
     versions = (f"{name} {version(name)}" for name in ("torch", "transformers", "triton"))
     return " | ".join([*map(str, names), *versions])
 

@@ -162,5 +162,6 @@ def slot_by_slot(stream: Stream) -> Iterator[Stream]:
             longest=int(lengths.diff().max()),
             spans=[Span(span.slot, 0, span.end - span.start, keys)],
             examples=[count],
+            rounded=stream.rounded and (span.slot is None or span.slot.rounds),
         )
         first += count

@@ -76,6 +76,7 @@ class Stream:
     spans: list[Span] = field(default_factory=list)
     examples: list[int] = field(default_factory=list)
     dropout: bool = False
+    rounded: bool = False  # the base in 8 bits
     tiles: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     wide: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     blocks: torch.Tensor | None = None
@@ -151,6 +152,7 @@ def on_cpu(laid: Laid, parts: Sequence[Part], rank: int) -> Stream:
         spans=spans,
         examples=laid.counts,
         dropout=laid.keys is not None,
+        rounded=any(part.slot is not None and part.slot.rounds for part in parts),
     )
 
 
