@@ -10,7 +10,9 @@ It runs on the clock since the launch (`origin_boot_ms`), so the launch itself a
 from __future__ import annotations
 
 import contextlib
+import heapq
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from trainers.messages import Method, WorkerJob
 Kind = Literal["load", "train", "evaluate", "checkpoint", "restore"]
 
 _NS_PER_MS = 1_000_000
+_STALE = 64  # entries that are out of date, beside as many as there are others, before they are thrown out
 _SHARED = "(shared)"  # time of a stretch whose centres are known only at its end
 
 
@@ -58,6 +61,12 @@ class Meter:
         self._clock_ns = clock_ns or (lambda: self._worked_ns)
         self._spent_ns: dict[str, int] = {}
         self._reported_ms: dict[str, int] = {}
+        self._reported = 0  # their sum
+        self._moved: set[str] = set()  # centres that were charged since the last report
+        self._owed_ns: dict[str, int] = {}  # to each centre beyond what was reported, then
+        self._owing: list[
+            tuple[int, str]
+        ] = []  # a heap of (-owed, centre); what is not as in `_owed_ns` is out of date
         self._mark_ns = 0
         self._centre = "load"
 
@@ -65,9 +74,13 @@ class Meter:
         """Returns nanoseconds since the origin; the current centre is charged up to here."""
         # A clock that started before the origin (a resumed virtual machine) must not give time back.
         now_ns = max(self._clock_ns(), self._mark_ns)
-        self._spent_ns[self._centre] = self._spent_ns.get(self._centre, 0) + now_ns - self._mark_ns
+        self._charge(self._centre, now_ns - self._mark_ns)
         self._mark_ns = now_ns
         return now_ns
+
+    def _charge(self, centre: str, ns: int) -> None:
+        self._spent_ns[centre] = self._spent_ns.get(centre, 0) + ns
+        self._moved.add(centre)
 
     def now_ms(self) -> int:
         """Returns whole milliseconds since the origin."""
@@ -110,7 +123,7 @@ class Meter:
         left_ns, left_weight = spent_ns, sum(weights.values())
         for centre, weight in weights.items():
             part_ns = left_ns * weight // left_weight if weight else 0
-            self._spent_ns[centre] = self._spent_ns.get(centre, 0) + part_ns
+            self._charge(centre, part_ns)
             left_ns, left_weight = left_ns - part_ns, left_weight - weight
 
     def work(self, kind: Kind, method: Method, tokens: int) -> None:
@@ -122,16 +135,39 @@ class Meter:
         """Returns milliseconds since the origin and by centre: the parts sum to the whole and never fall."""
         at_ms = self.now_ns() // _NS_PER_MS
         # Rounded against what was reported before, not afresh: a centre that was rounded up once must not fall later.
-        owed_ns = {c: ns - self._reported_ms.get(c, 0) * _NS_PER_MS for c, ns in self._spent_ns.items()}
-        left_ms = at_ms - sum(self._reported_ms.values())
-        for centre in sorted(owed_ns, key=lambda c: (-owed_ns[c], c)):
-            part_ms = min(left_ms, max(owed_ns[centre], 0) // _NS_PER_MS)
-            self._reported_ms[centre] = self._reported_ms.get(centre, 0) + part_ms
-            owed_ns[centre] -= part_ms * _NS_PER_MS
-            left_ms -= part_ms
-        for centre in sorted(owed_ns, key=lambda c: (-owed_ns[c], c))[:left_ms]:
-            self._reported_ms[centre] += 1
+        # Whole milliseconds go to whom they are owed, then one each to those that are owed most. Of all the trials that
+        # there ever were few are looked at: a worker has thousands, and this is asked at every event.
+        for centre in self._moved:
+            self._owe(centre, self._spent_ns.get(centre, 0) - self._reported_ms.get(centre, 0) * _NS_PER_MS)
+        self._moved.clear()
+        left_ms = at_ms - self._reported
+        for least_ns in (_NS_PER_MS, -math.inf):
+            paid = {}
+            while left_ms and (centre := self._most_owed(least_ns)) is not None:
+                owed_ns = self._owed_ns.pop(centre)
+                part_ms = min(left_ms, max(owed_ns // _NS_PER_MS, 1))
+                self._reported_ms[centre] = self._reported_ms.get(centre, 0) + part_ms
+                left_ms -= part_ms
+                paid[centre] = owed_ns - part_ms * _NS_PER_MS
+            for centre, owed_ns in paid.items():
+                self._owe(centre, owed_ns)
+        self._reported = at_ms - left_ms
         return at_ms, {centre: ms for centre, ms in self._reported_ms.items() if ms}
+
+    def _owe(self, centre: str, ns: int) -> None:
+        self._owed_ns[centre] = ns
+        heapq.heappush(self._owing, (-ns, centre))
+        if len(self._owing) > _STALE + 2 * len(self._owed_ns):
+            self._owing = [(-owed_ns, one) for one, owed_ns in self._owed_ns.items()]
+            heapq.heapify(self._owing)
+
+    def _most_owed(self, least_ns: float) -> str | None:
+        """Takes off the heap the centre that is owed most; None where that is less, or there is none."""
+        while self._owing and self._owing[0][0] <= -least_ns:
+            less_ns, centre = heapq.heappop(self._owing)
+            if self._owed_ns.get(centre) == -less_ns:
+                return centre
+        return None
 
 
 def open_meter(job: WorkerJob) -> Meter:
