@@ -4,7 +4,7 @@
 #   packing-135m packing-1.5b packing-8b   today's tools against packed trials, text of 300 tokens an example
 #   short                                  the same at 135M with text under 40 tokens
 #   turnover                               a worker while trials come and go all the time
-#   alone                                  trials in a pack against the same trials alone
+#   alone                                  trials in a pack against the same trials alone, and in 8-bit floats
 #   memory                                 predicted against measured peaks, LoRA and full
 #   attention                              a flat stream or fixed rows, and whose kernel
 #   graphs                                 evaluations and full-parameter steps with and without CUDA graphs
@@ -38,6 +38,11 @@ packing() { # shape, slots, tokens, numbers of Trainers at once (more run out of
     step 90 benchmarks.packing --mode warm --steps 60 "${common[@]}"
 }
 
+rounded() { # shape, slots, tokens: the packs in 8-bit floats
+    step 120 benchmarks.packing --mode solo pack --precision fp8 --shape "$1" --slots "$2" --tokens "$3" --seconds 8 --warm-up 3 \
+        --scratch "$scratch" --out "$out/packing.jsonl"
+}
+
 root=$PWD
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # a checkout is enough: nothing needs to be installed
 declare -A rows=([words]=define.jsonl [sums]=sums.jsonl)
@@ -57,11 +62,11 @@ forecasts() { # of a study: how they held, and its database
 for part in "$@"; do
     case $part in
     packing-135m) packing smollm2-135m 40 65536 "2 4" ;;
-    packing-1.5b) packing 1.5b 12 24576 "2 3" ;;
-    packing-8b) packing 8b 8 8192 2 ;;
+    packing-1.5b) packing 1.5b 12 24576 "2 3"; rounded 1.5b 12 24576 ;;
+    packing-8b) packing 8b 8 8192 2; rounded 8b 8 8192 ;;
     short) packing smollm2-135m 64 65536 "4 8 16" --data short --seconds 20 ;;
     turnover) step 240 benchmarks.turnover --scratch "$scratch" --out "$out/turnover.jsonl" ;;
-    alone) step 240 benchmarks.alone --tokens 32768 --scratch "$scratch" --out "$out/alone.jsonl" ;;
+    alone) step 240 benchmarks.alone --tokens 32768 --fp8 --scratch "$scratch" --out "$out/alone.jsonl" ;;
     memory) step 580 benchmarks.memory --method full lora --total 350 --out "$out/memory.jsonl" ;;
     attention) step 150 benchmarks.attention --scratch "$scratch" --out "$out/attention.jsonl" ;;
     graphs) step 240 benchmarks.graphs --data short --scratch "$scratch" --out "$out/graphs.jsonl" ;;
