@@ -23,6 +23,7 @@ from sweep.spec import MAX_SLOTS, FullSpec, Method, Spec
 from trainers.memory import (
     GIB,
     MICRO_TOKENS,
+    ROUNDED_BYTES,
     SHARDED_TOKENS,
     SHORTEST_STREAM,
     Correction,
@@ -202,6 +203,10 @@ def _lora_remedies(
         total = correction.apply(peak(shape, replace(setup, **changed))).total
         return Remedy(changes, total, total <= card.room)
 
+    if spec.search.precision == "fp8":
+        plain = replace(shape, weight_bytes=shape.weight_bytes - ROUNDED_BYTES)
+        total = correction.apply(peak(plain, setup)).total
+        yield Remedy({"search.precision": "bf16"}, total, total <= card.room)
     tokens = longest // 2
     while tokens >= SHORTEST_STREAM:
         yield remedy({"data.max_tokens": tokens}, tokens=tokens)

@@ -163,6 +163,7 @@ def on_named_gpu(spec: Spec, facts: dict[str, Any]) -> dict[str, Any]:
         return facts
     card = fit.listed_card(named)
     there = {"device": named, "gpu_memory_bytes": card.memory if card else None, "gpus": spec.machine.gpu_count}
+    there["capability"] = None
     return facts | there | {"notes": [f"{other}: planned for the one that is named", *facts.get("notes", [])]}
 
 
@@ -251,6 +252,8 @@ def refuse_nothing(planned: Outline, notes: Sequence[str] = ()) -> None:
 
 
 FP8_CAPABILITY = (8, 9)  # compute capability from which on GPUs multiply 8-bit floats
+# Listed GPUs that are older, or whose 8-bit floats are others.
+WITHOUT_FP8 = frozenset(["A10", "A10G", "A100", "A30", "V100", "RTX3090", "RTX6000", "RTXA4000", "RTXA6000", "MI300X"])
 EIGHT_BIT = ("bitsandbytes", "torchao")  # either of them has AdamW with 8-bit moments
 
 
@@ -279,11 +282,15 @@ def refuse_device(spec: Spec, facts: Mapping[str, Any]) -> None:
 
 
 def refuse_precision(spec: Spec, facts: Mapping[str, Any]) -> None:
-    """Raises UnusableError where this machine's GPU does not multiply what the spec asks for. A worker is paid for."""
-    found = facts.get("capability")
-    if spec.search.precision == "fp8" and found is not None and tuple(found) < FP8_CAPABILITY:
+    """Raises UnusableError where the GPU does not multiply what the spec asks for. A worker is paid for.
+
+    `facts` are of this machine, or of the GPU that the spec names. On a CPU it is a rehearsal.
+    """
+    found, device = facts.get("capability"), facts["device"]
+    old = device.split("-")[0] in WITHOUT_FP8 if found is None else tuple(found) < FP8_CAPABILITY
+    if spec.search.precision == "fp8" and spec.machine.device != "cpu" and old:
         raise UnusableError(
-            f"search.precision fp8: {facts['device']} does not multiply 8-bit floats, as GPUs since Ada and Hopper do",
+            f"search.precision fp8: {device} does not multiply 8-bit floats, as GPUs since Ada and Hopper do",
             "write search.precision: bf16, or launch on a newer GPU",
         )
 

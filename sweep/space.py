@@ -101,7 +101,7 @@ def config(number: int, chosen: dict[str, Any], search: SearchSpec, examples: in
         warmup=search.warmup,
         weight_decay=search.weight_decay,
         clip_norm=search.clip_norm,
-        precision=search.precision,
+        precision=search.precision if lora else "bf16",
     )
 
 

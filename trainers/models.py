@@ -345,6 +345,7 @@ def load_engines(job: WorkerJob, compiling: Sequence[subprocess.Popen[bytes]] = 
     """
     # Imported here: the engines import this module.
     from trainers.full.engine import FullEngine
+    from trainers.lora.float8 import check_device
     from trainers.loss import compared_rows, verify_loss
     from trainers.quantised import check_quantised
     from trainers.splits import load_split
@@ -355,6 +356,8 @@ def load_engines(job: WorkerJob, compiling: Sequence[subprocess.Popen[bytes]] = 
     with _timed("base model"):
         base = load_base(job.model, job.device)
         check_quantised(base.name, base.model, job.methods, job.precision)
+        if job.precision == "fp8":
+            check_device(base.name, base.device)
         verify_loss(base, [train[row] for row in compared_rows(train)])
     with _timed("kernels"):
         if compiling:

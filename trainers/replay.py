@@ -189,7 +189,7 @@ class ReplayEngine:
         step = 0
         if checkpoint is not None:
             state = json.loads((checkpoint / "state.json").read_text())
-            if state["config"] != dataclasses.asdict(config):
+            if TrialConfig(**state["config"]) != config:
                 raise TrialFailed(config.number, "error", f"{checkpoint} is of another configuration")
             step = state["step"]
         self._trials[config.number] = _Slot(config, self._script.curve(config), step, until_tokens)

@@ -247,6 +247,10 @@ def test_what_cannot_fit_is_refused_with_a_remedy() -> None:
     assert "full.processes: 2: 61.5 GiB" in caught.value.hint
     with pytest.raises(SpecError, match=r"search\.rank: lora attention r16 needs"):
         fit.settle(spec(search={"rank": [16, 64]}), facts(QWEN, 20.0), {})
+    rounded = dataclasses.replace(QWEN, weight_bytes=4.0)
+    with pytest.raises(SpecError, match=r"search\.targets: lora attention r16 needs") as caught:
+        fit.settle(spec(search={"rank": [16], "precision": "fp8"}), facts(rounded, 30.0), {})
+    assert "search.precision: bf16: " in caught.value.hint, caught.value.hint
     machine = {"gpu": "H100-80GB", "slots": 40}
     with pytest.raises(SpecError, match=r"machine.slots: 40 trials of rank 64 on all-linear need") as caught:
         fit.settle(spec(machine=machine, search={"rank": [16, 64]}), facts(QWEN, 79.6), {})

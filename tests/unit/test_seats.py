@@ -129,14 +129,22 @@ def test_a_gpu_that_is_not_there_is_refused_before_it_is_paid() -> None:
 def test_a_gpu_without_8_bit_products_is_refused_before_it_is_paid() -> None:
     """Proves that fp8 asks for compute capability 8.9; a CPU, on which it is a rehearsal, and recordings take it."""
 
-    def spec(precision: str) -> Spec:
-        return cast(Spec, SimpleNamespace(search=SimpleNamespace(precision=precision)))
+    def spec(precision: str, device: str = "auto") -> Spec:
+        search, machine = SimpleNamespace(precision=precision), SimpleNamespace(device=device)
+        return cast(Spec, SimpleNamespace(search=search, machine=machine))
 
     old = {"device": "NVIDIA A100", "capability": [8, 0]}
     with pytest.raises(UnusableError, match=r"search\.precision fp8: NVIDIA A100 does not multiply 8-bit floats"):
         launch.refuse_precision(spec("fp8"), old)
-    launch.refuse_precision(spec("bf16"), old)
-    for fits in ({"device": "NVIDIA L4", "capability": [8, 9]}, {"device": "cpu", "capability": None}, {}):
+    with pytest.raises(UnusableError, match=r"A100-40GB does not multiply"):
+        launch.refuse_precision(spec("fp8"), {"device": "A100-40GB", "capability": None})
+    for chosen in (spec("bf16"), spec("fp8", "cpu")):
+        launch.refuse_precision(chosen, old)
+    for fits in (
+        {"device": "NVIDIA L4", "capability": [8, 9]},
+        {"device": "cpu", "capability": None},
+        {"device": "H100-80GB"},
+    ):
         launch.refuse_precision(spec("fp8"), fits)
 
 

@@ -115,12 +115,12 @@ class LoraEngine:
         try:
             with self._at_work():
                 ours = float(self._nll(self.train, part))
-                if precision == "fp8":
-                    rounded = float(self._nll(self.train, part, rounded=True))
-                    float8.compare(self.base.name, ours, rounded, int(self.train.completions[rows].sum()))
+                rounded = ours if precision == "bf16" else float(self._nll(self.train, part, rounded=True))
         except (TypeError, ValueError) as error:
             raise ModelError(f"{self.base.name}: cannot be packed: {one_line(error)}; use another model") from error
         compare_with_own(self.base, [self.train[row] for row in rows], ours)
+        if precision == "fp8":
+            float8.compare(self.base.name, ours, rounded, int(self.train.completions[rows].sum()))
         self._runner.ready()
 
     # --- coming and going -------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from trainers.named import ModelError
 FORMAT = torch.float8_e4m3fn
 LARGEST = 448.0  # of the format
 TINY = 1e-30  # of a row, where all of it is zero
+CAPABILITY = (8, 9)  # compute capability from which on a GPU has such products
 SHARE, NATS = 0.05, 0.2  # how far a loss may be from that by whole weights: as in loss.TOLERANCE
 _MULTIPLE = 16  # of a product's inner and outer size (cuBLAS and CUTLASS read 16 bytes at a time)
 
@@ -72,6 +73,15 @@ class Weights:
             return None
         turned = torch.cat([linear.weight.detach() for linear in linears]).T.contiguous()
         return cls([rounded(linear.weight.detach()) for linear in linears], rounded(turned))
+
+
+def check_device(name: str, device: torch.device) -> None:
+    """Raises ModelError for a GPU without such products: a launch refuses it, a resume may find itself on one."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
+        raise ModelError(
+            f"{name}: trials in fp8 can't train on {torch.cuda.get_device_name(device)}; resume on a GPU of compute "
+            "capability 8.9 or more"
+        )
 
 
 def compare(name: str, whole: float, found: float, tokens: int) -> None:

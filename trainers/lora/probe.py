@@ -9,6 +9,7 @@ memory holds them. The result is kept by model, GPU and versions, so the next wo
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import time
@@ -101,6 +102,7 @@ def _measure(
         if found and 2 * found[-1][2] > SATURATION * free:
             break
         measured = _stream(base, train, validation, tokens, max_rank, precision)
+        gc.collect()  # compiling leaves cycles that hold the engine, and with it a rounded base
         torch.cuda.empty_cache()
         if measured is None:
             break
@@ -122,10 +124,10 @@ def _stream(
     """
     torch.cuda.reset_peak_memory_stats(base.device)
     before = torch.cuda.memory_allocated(base.device)
-    engine = LoraEngine(base, train, validation, 1, tokens, slots=1, max_rank=max_rank, precision=precision)
     try:
+        engine = LoraEngine(base, train, validation, 1, tokens, slots=1, max_rank=max_rank, precision=precision)
         speed = _drive(engine, RANK_STEP, _STREAMS, lambda: torch.cuda.synchronize(base.device), precision)
-    except TrialFailed:
+    except (TrialFailed, torch.OutOfMemoryError):
         return None
     peak = torch.cuda.max_memory_allocated(base.device) - before
     engine.rest()
