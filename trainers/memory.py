@@ -164,7 +164,7 @@ def stream_rank(rank: int) -> int:
 
 def room(memory: int) -> int:
     """Bytes of a GPU's memory that a prediction may fill."""
-    return memory - max(LEAST_MARGIN, math.ceil(MARGIN * memory))
+    return max(0, memory - max(LEAST_MARGIN, math.ceil(MARGIN * memory)))
 
 
 def slot_bytes(shape: Shape, targets: Targets, rank: int) -> int:

@@ -27,7 +27,7 @@ def show_fit(console: Console, values: Mapping[str, Any]) -> None:
         ],
     )
     console.print()
-    shares = [row["peak_bytes"] / room for row in rows]
+    shares = [row["peak_bytes"] / max(room, 1) for row in rows]
     columns = [
         Column("configuration", [row["configuration"] for row in rows], least=24),
         Column("tokens", [f"{row['tokens']:,}" for row in rows], right=True),

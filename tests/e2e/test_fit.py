@@ -66,6 +66,7 @@ def test_fit_refuses_in_one_line(tmp_path: Path) -> None:
     nowhere = sweep("fit", str(write(tmp_path, "nobody/no-such-model")), cwd=tmp_path, check=7)
     assert "nobody/no-such-model" in nowhere.stderr and len(nowhere.stderr.strip().splitlines()) == 1
     path = write(tmp_path, tmp_path / "tiny", machine={"price": "$1/hour"})
+    assert "fit no GPU of this size" in sweep("fit", str(path), "--memory", "1GB", cwd=tmp_path).stdout
     assert "no size" in sweep("fit", str(path), "--memory", "much", cwd=tmp_path, check=2).stderr
     assert "--memory 80GB" in sweep("fit", str(path), cwd=tmp_path, check=2).stderr
     recording = write_spec(tmp_path, cap="$1")
