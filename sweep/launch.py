@@ -281,18 +281,21 @@ def refuse_device(spec: Spec, facts: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_precision(spec: Spec, facts: Mapping[str, Any]) -> None:
-    """Raises UnusableError where the GPU does not multiply what the spec asks for. A worker is paid for.
+def settle_precision(spec: Spec, facts: dict[str, Any]) -> None:
+    """Notes that a search is in 8-bit floats, and refuses it where the GPU has no such products: a worker is paid for.
 
-    `facts` are of this machine, or of the GPU that the spec names. On a CPU it is a rehearsal.
+    `facts` are of this machine, or of the GPU that the spec names. On a CPU it is a rehearsal. Raises UnusableError.
     """
+    if spec.search.precision == "bf16":
+        return
     found, device = facts.get("capability"), facts["device"]
     old = device.split("-")[0] in WITHOUT_FP8 if found is None else tuple(found) < FP8_CAPABILITY
-    if spec.search.precision == "fp8" and spec.machine.device != "cpu" and old:
+    if old and spec.machine.device != "cpu":
         raise UnusableError(
             f"search.precision fp8: {device} does not multiply 8-bit floats, as GPUs since Ada and Hopper do",
             "write search.precision: bf16, or launch on a newer GPU",
         )
+    facts["notes"] = [*facts.get("notes", []), "the search is in 8-bit floats, what is confirmed in bf16"]
 
 
 def exists(name: str) -> UsageError:

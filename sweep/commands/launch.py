@@ -60,6 +60,7 @@ def command(
             facts = launch.look(wanted, folder)
             if not anyway:
                 launch.compare_gpu(wanted, facts)
+            launch.settle_precision(wanted, facts)
             with store.read() as connection:
                 facts = warm_start.apply(connection, wanted, facts)
             launch.settle_memory(store, wanted, facts)
@@ -68,7 +69,6 @@ def command(
             show_plan(Console(stderr=True), planned.as_json(), price.note, facts, wanted.machine.stop_command)
             launch.refuse_optimizer(wanted)
             launch.refuse_device(wanted, facts)
-            launch.refuse_precision(wanted, facts)
             if not anyway:
                 launch.refuse_nothing(planned, warm_start.speed_from(facts))
             if not yes and not click.confirm("Launch?", err=True):

@@ -44,7 +44,7 @@ def command(
         if probes and not anyway:
             launch.compare_gpu(wanted, facts)
         facts = facts if probes else launch.on_named_gpu(wanted, facts)
-        launch.refuse_precision(wanted, facts)
+        launch.settle_precision(wanted, facts)
         try:
             store = Store(storage)
         except NotFoundError:

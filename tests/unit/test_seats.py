@@ -135,17 +135,19 @@ def test_a_gpu_without_8_bit_products_is_refused_before_it_is_paid() -> None:
 
     old = {"device": "NVIDIA A100", "capability": [8, 0]}
     with pytest.raises(UnusableError, match=r"search\.precision fp8: NVIDIA A100 does not multiply 8-bit floats"):
-        launch.refuse_precision(spec("fp8"), old)
+        launch.settle_precision(spec("fp8"), old)
     with pytest.raises(UnusableError, match=r"A100-40GB does not multiply"):
-        launch.refuse_precision(spec("fp8"), {"device": "A100-40GB", "capability": None})
-    for chosen in (spec("bf16"), spec("fp8", "cpu")):
-        launch.refuse_precision(chosen, old)
+        launch.settle_precision(spec("fp8"), {"device": "A100-40GB", "capability": None})
+    for chosen, noted in ((spec("bf16"), False), (spec("fp8", "cpu"), True)):
+        facts = dict(old)
+        launch.settle_precision(chosen, facts)
+        assert ("notes" in facts) is noted
     for fits in (
         {"device": "NVIDIA L4", "capability": [8, 9]},
         {"device": "cpu", "capability": None},
         {"device": "H100-80GB"},
     ):
-        launch.refuse_precision(spec("fp8"), fits)
+        launch.settle_precision(spec("fp8"), fits)
 
 
 def test_occupancy_is_weighted_by_what_was_computed(tmp_path: Path) -> None:
