@@ -42,7 +42,7 @@ class Rounded:
 
 
 def rounded(x: torch.Tensor) -> Rounded:
-    """Rounds the rows of x [rows, k]; one that holds an infinity or NaN is NaN. On a GPU, see kernels.rounded."""
+    """Rounds the rows of x [rows, k]; one that holds an infinity or NaN is NaN. On a GPU: float8_kernels."""
     wide = x.double() if x.dtype == torch.float64 else x.float()
     scales = wide.abs().amax(1, keepdim=True).clamp(min=TINY) / LARGEST
     return Rounded((wide / scales).to(FORMAT), scales)
