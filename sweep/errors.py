@@ -9,6 +9,7 @@
     ├── StoreError                     6   the database is busy, unreachable, or of another version
     │   ├── StoreUnavailableError      6   ... for the moment: tried again by itself
     │   │   └── OutcomeUnknownError    6   lost during COMMIT; a repetition is safe
+    │   ├── StoreFullError             8   the database's disk is full
     │   └── StudyBusyError             6   another orchestrator drives this study, or took it over
     ├── UnusableError                  7   model or data cannot be used
     ├── DiskError                      8   a checkpoint could not be written
@@ -78,6 +79,12 @@ class OutcomeUnknownError(StoreUnavailableError):
     """The connection was lost during COMMIT; whether it took place is seen when the database is back."""
 
     code = "outcome_unknown"
+
+
+class StoreFullError(StoreError):
+    """The disk that the database is on is full; the change that met it was rolled back."""
+
+    exit_code, code = 8, "disk"
 
 
 class StudyBusyError(StoreError):

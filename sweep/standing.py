@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,14 +16,14 @@ from sweep.projection import Projector
 from sweep.records import Study, TrialRow, WorkerRow
 from sweep.store import ORCHESTRATOR_LOCK
 
-Kind = Literal["running", "unattended", "broken off", "stopped", "out of money", "over", "closed"]
+Kind = Literal["running", "unattended", "broken off", "stopped", "out of money", "no winner", "over", "closed"]
 
 REASON_CHARACTERS = 160  # of a trial's reason, which may be a user's own error
 SPARE = 1.3  # times what an end is forecast to take: a cap that is just enough is often not
 
 
-def kind(study: Study, states: Collection[str], worker: WorkerRow | None) -> Kind:
-    """Where a study stands, as far as this machine can tell; `states` are its trials', `worker` the living one.
+def kind(study: Study, trials: Sequence[TrialRow], worker: WorkerRow | None) -> Kind:
+    """Where a study stands, as far as this machine can tell; `worker` is the living one.
 
     Whether an orchestrator lives is asked of its lock. What runs on another machine is taken to run.
     """
@@ -36,9 +36,12 @@ def kind(study: Study, states: Collection[str], worker: WorkerRow | None) -> Kin
         if driven is None:
             return "running"
         return "unattended" if _held(Path(worker.folder) / WATCHDOG_LOCK) else "broken off"
-    if not states or any(state in records.RUNNING for state in states):
+    states = {trial.state for trial in trials}
+    if not states or states & set(records.RUNNING):
         return "stopped"
-    return "over" if "completed" in states else "out of money"
+    if "completed" in states:
+        return "over"
+    return "no winner" if beyond_money(study, trials) else "out of money"
 
 
 def words(found: Kind, connection: Connection, study: Study, trials: Sequence[TrialRow], projector: Projector) -> str:
@@ -51,7 +54,7 @@ def words(found: Kind, connection: Connection, study: Study, trials: Sequence[Tr
             return f"nobody drives it, and its worker is gone; next: {resume}"
         case "stopped":
             return f"checkpointed and settled; next: {resume}"
-        case "out of money":
+        case "out of money" | "no winner":
             advice = beyond_money(study, trials) or more_money(connection, study, trials, projector)
             return f"no trial came to its end; {advice}"
         case "over":

@@ -29,6 +29,7 @@ from sweep.errors import (
     NotFoundError,
     OutcomeUnknownError,
     StoreError,
+    StoreFullError,
     StoreUnavailableError,
     StudyBusyError,
 )
@@ -52,6 +53,8 @@ NETWORK_FILE_SYSTEMS = {
 }
 # SQLSTATE classes that pass by themselves: connection lost, serialization or deadlock, lock timeout, server going down.
 PASSING = ("08", "40", "55P03", "57P", "25P03")
+DISK_FULL = "53100"
+FREE_SPACE = "free some space, then sweep resume; nothing was lost"
 
 
 def _m001_first_tables(connection: Connection) -> None:
@@ -341,10 +344,11 @@ def _explained(url: URL) -> typing.Iterator[None]:
         yield
     except OperationalError as error:
         reason = str(error.orig).strip().splitlines()[0]
+        if is_full(error):
+            raise StoreFullError(f"{url.render_as_string()}: {reason}", FREE_SPACE) from error
         if _passes(error):
             raise StoreUnavailableError(f"{url.render_as_string()}: {reason}", "try again; nothing was lost") from error
-        hint = "free some space; nothing was lost" if "full" in reason else "nothing was lost"
-        raise StoreError(f"{url.render_as_string()}: {reason}", hint) from error
+        raise StoreError(f"{url.render_as_string()}: {reason}", "nothing was lost") from error
     except DBAPIError as error:
         if error.connection_invalidated:
             message = f"{url.render_as_string()}: the connection was lost"
@@ -354,6 +358,13 @@ def _explained(url: URL) -> typing.Iterator[None]:
                 f"{url.render_as_string()}: {error.orig}", "put a copy of it back that is whole"
             ) from error
         raise
+
+
+def is_full(error: OperationalError) -> bool:
+    """Whether the database has no room left on its disk."""
+    if isinstance(error.orig, sqlite3.Error):
+        return error.orig.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL
+    return getattr(error.orig, "sqlstate", None) == DISK_FULL
 
 
 def _passes(error: OperationalError) -> bool:

@@ -31,10 +31,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import OperationalError
 
 from sweep import plugins, space
-from sweep.errors import SpecError, StoreUnavailableError
+from sweep.errors import SpecError, StoreFullError, StoreUnavailableError
 from sweep.proposals import MODELLED, Guide, Proposal
 from sweep.spec import Method, SearchSpec
-from sweep.store import Store, begin_immediate
+from sweep.store import FREE_SPACE, Store, begin_immediate, is_full
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -106,12 +106,14 @@ class _OwnStorage(_CachedStorage):
 
 @contextlib.contextmanager
 def _reachable() -> Iterator[None]:
-    """Optuna's words for a database that is out of reach become ours."""
+    """Optuna's words for a database that is out of reach, or full, become ours."""
     try:
         yield
     except (optuna.exceptions.StorageInternalError, OperationalError) as error:
         cause = error.__cause__ or error
         reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
+        if isinstance(cause, OperationalError) and is_full(cause):
+            raise StoreFullError(f"the sampler's tables: {reason}", FREE_SPACE) from error
         raise StoreUnavailableError(f"the sampler's tables: {reason}", "try again; nothing was lost") from error
 
 

@@ -253,7 +253,7 @@ def status(connection: Connection, name: str, now_ms: dict[str, int] | None = No
     searched, repeated = records.searched(rows), records.confirmations(rows)
     for row in searched:
         counts[row.state] = counts.get(row.state, 0) + 1
-    kind = standing.kind(study, [row.state for row in rows], worker)
+    kind = standing.kind(study, rows, worker)
     evaluated = bool(ranked) and ranked[0]["loss"] is not None
     return {
         "study": name,
@@ -332,7 +332,7 @@ def listing(connection: Connection) -> list[dict[str, Any]]:
             {
                 "study": name,
                 "state": study.state,
-                "standing": standing.kind(study, [trial["state"] for trial in ranked], worker),
+                "standing": standing.kind(study, records.trials(connection, name), worker),
                 "model": study.spec.model,
                 "trials": sum(trial["source"] is None for trial in ranked),
                 "best": None if top is None else top["full_loss"] or top["loss"],

@@ -14,7 +14,7 @@ TOPICS = {
   5  an invariant of the ledger does not hold, or an overrun froze the study
   6  the database is busy or unreachable, or another orchestrator drives the study
   7  the model or the data cannot be used; nothing was spent
-  8  the disk is full; what ran is settled and can be resumed
+  8  the disk is full; what ran can be resumed
 130  interrupted; everything is checkpointed and settled"""
 }
 

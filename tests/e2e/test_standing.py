@@ -71,7 +71,7 @@ def test_a_search_in_which_all_diverges_ends_and_names_the_key(
     done = sweep("launch", str(spec), "--yes", "--anyway", cwd=tmp_path, check=3, timeout=60)
     last = done.stderr.splitlines()[-1]
     kind, _, words = told(tmp_path)
-    assert kind == "out of money" and words.split("; ", 1)[1] in last
+    assert kind == "no winner" and words.split("; ", 1)[1] in last
     (asked,) = re.findall(r"all (\d+) that began diverged or failed \(the last one diverged: ", last)
     assert int(asked) == 2 if trials else 24 <= int(asked) <= 28, "those under way come to their end"
     assert "change search.learning_rate and launch another study" in last and "--cap" not in last

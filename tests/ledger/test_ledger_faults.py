@@ -110,7 +110,7 @@ def test_a_full_disk(store: Store) -> None:
         for number in range(10_000):
             hold(store, f"h{number}")
             names.append(f"h{number}")
-    assert refused.value.exit_code == 6 and "free some space" in refused.value.hint
+    assert refused.value.exit_code == 8 and "free some space" in refused.value.hint
     assert not isinstance(refused.value, StoreUnavailableError), "waiting does not make space"
     assert names and held(store) == set(names)
     with store.write() as connection:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from optuna.samplers import RandomSampler
+from sqlalchemy import event
 
 from sweep import priors, space, study
-from sweep.errors import SpecError
+from sweep.errors import SpecError, StoreFullError, StoreUnavailableError
 from sweep.proposals import Guide
 from sweep.spec import RangeSpec, SearchSpec
 from sweep.store import Store
@@ -258,3 +259,16 @@ def test_a_trial_that_was_shown_as_pruned_is_told_all_the_same(tmp_path: Path) -
     assert (told.state.name, told.value, told.intermediate_values) == ("COMPLETE", 1.0, {0: 2.0, 1: 1.5})
     again.close()
     store.dispose()
+
+
+def test_a_full_disk_under_the_sampler_is_not_waited_for(memory: Memory) -> None:
+    """Proves that SQLITE_FULL in Optuna's tables is a full disk, not a database that is back in a moment."""
+    engine = memory._rdb.engine
+    with engine.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+    engine.dispose()
+    event.listen(engine, "connect", lambda opened, _: opened.execute(f"PRAGMA max_page_count = {pages + 2}"))
+    with pytest.raises(StoreFullError, match="the sampler's tables: database or disk is full") as refused:
+        for number in range(2_000):
+            ask(memory, number, {}, set())
+    assert refused.value.exit_code == 8 and not isinstance(refused.value, StoreUnavailableError)
