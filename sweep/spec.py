@@ -477,6 +477,7 @@ def _set(values: dict[str, Any], override: str) -> tuple[str, ...]:
     for parent in parents:
         section = section.setdefault(parent, {})
         if not isinstance(section, dict):
-            raise SpecError(f"--set {override!r}: {parent} is not a section")
+            whole = f"set the whole: --set '{parent}={{..., {last}: {text}}}'"
+            raise SpecError(f"--set {override!r}: the file writes {parent} as one value, {str(section)[:40]!r}", whole)
     section[last] = value
     return (*parents, last)

@@ -119,6 +119,7 @@ def test_what_is_missing_is_said_with_what_would_do(path: Path, override: str, h
         ("machine.slots=2.5", r"1 to 64"),
         ("machine.slots=on", r"1 to 64"),
         ("nonsense", r"write it as"),
+        ("search.rank.low=3", r"^--set 'search\.rank\.low=3': the file writes rank as one value, '8'"),
     ],
 )
 def test_errors_name_key_and_line(path: Path, override: str, message: str) -> None:
