@@ -11,6 +11,7 @@ fixed order. Both are to be small against what another seed does. One JSON line:
     alone           |loss in the pack / loss alone - 1|, a configuration each
     again           the same between two runs of the wide pack
     seeds_spread    the standard deviation over seeds, relative to their mean, a configuration each
+    fp8             with --fp8: [loss, trained in 8-bit floats; in bf16] of every trial of the wide pack
     losses          validation loss of each configuration: alone, and in the pack by seed
 """
 
