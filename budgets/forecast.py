@@ -45,7 +45,6 @@ SURPRISE = 20.0  # sd of the common factor once anything was measured (_Model.le
 SCALES = {"common": 1.5, "full": 0.7, "log_batch": 0.3, "log_row": 0.2, "attention": 0.25, "mlp": 0.2, "rank": 0.2}
 SCALES |= {"beside": 0.5, "log_width": 0.5, "rounded": 0.15}
 
-ROUNDED = 0.8  # of what bf16 takes, with the base in 8 bits: 0.73 at 8B on an H100, 0.86 at 1.5B (docs/log.md)
 FLOOR_A_LAYER = 0.0005  # seconds that a GPU takes for a layer of a training step, forward and backward, at least
 
 _COMMON = list(SCALES).index("common")
@@ -118,6 +117,14 @@ def flops_per_token(parameters: int, method: str, adapter: int = 0) -> float:
     at 512 tokens. All trials of a study share it, so it is left to what is learned.
     """
     return 4.0 * parameters + 6.0 * adapter if method == "lora" else 6.0 * parameters
+
+
+def rounded_share(parameters: int) -> float:
+    """Of what training over a base in bf16 takes, what it takes over one in 8 bits: the less, the larger the model.
+
+    On an H100 nothing is gained at 135M parameters, 0.86 at 1.5B, 0.73 at 8B (2026-11-27, docs/log.md).
+    """
+    return min(1.0, max(0.7, 1 - 0.066 * math.log(max(parameters, 1) / 1.35e8)))
 
 
 def floor_seconds(layers: float, tokens: float) -> float:

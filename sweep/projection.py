@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from budgets.forecast import ROUNDED, Forecast, Piece, Seconds, Work, floor_seconds, flops_per_token
+from budgets.forecast import Forecast, Piece, Seconds, Work, floor_seconds, flops_per_token, rounded_share
 from sweep import records, seats
 from sweep.pricing import SECONDS_A_TOKEN
 from sweep.records import Study, TrialRow
@@ -418,7 +418,10 @@ class Projector:
         if not self._layers:  # what of a step is fixed is learned from the widths that were measured
             features |= {"beside": 1 - 1 / width, "log_width": math.log(width)}
         adapter = (config.rank or 0) * self._per_rank.get(config.targets or "", 0)
-        floor, speed = floor_seconds(self._layers, shared_batch * row), self.flops / ROUNDED**rounded
+        floor, speed = (
+            floor_seconds(self._layers, shared_batch * row),
+            self.flops / rounded_share(self.parameters) ** rounded,
+        )
         prior = flops_per_token(self.parameters, config.method, adapter) / speed + floor
         loose *= floor / prior
         prior = SECONDS_A_TOKEN if self._metered_by_token else prior
