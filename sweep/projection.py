@@ -418,11 +418,9 @@ class Projector:
         if not self._layers:  # what of a step is fixed is learned from the widths that were measured
             features |= {"beside": 1 - 1 / width, "log_width": math.log(width)}
         adapter = (config.rank or 0) * self._per_rank.get(config.targets or "", 0)
-        floor, speed = (
-            floor_seconds(self._layers, shared_batch * row),
-            self.flops / rounded_share(self.parameters) ** rounded,
-        )
-        prior = flops_per_token(self.parameters, config.method, adapter) / speed + floor
+        floor = floor_seconds(self._layers, shared_batch * row)
+        share = rounded_share(self.parameters) ** rounded
+        prior = share * flops_per_token(self.parameters, config.method, adapter) / self.flops + floor
         loose *= floor / prior
         prior = SECONDS_A_TOKEN if self._metered_by_token else prior
         return Work("train", prior, features, owner=str(config.number), loose=loose)
