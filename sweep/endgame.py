@@ -283,9 +283,14 @@ def runs_of(study: Study, confirmations: Sequence[TrialRow]) -> dict[Run, float 
 
 
 def confirmation(source: TrialRow, ordinal: int, study_seed: int) -> TrialConfig:
-    """The configuration of a trial of the search under the study's new seed number `ordinal`, from 1; in bf16."""
-    number, seed = records.confirmation_number(source.number, ordinal), (study_seed + SEED_STEP * ordinal) % 2**32
-    return replace(source.config, number=number, seed=seed, precision="bf16")
+    """The configuration of a trial of the search under the study's new seed number `ordinal`, from 1."""
+    number = records.confirmation_number(source.number, ordinal)
+    return replace(whole(source.config), number=number, seed=(study_seed + SEED_STEP * ordinal) % 2**32)
+
+
+def whole(config: TrialConfig) -> TrialConfig:
+    """The configuration over the whole base: what is confirmed, and the finale, is trained in bf16."""
+    return replace(config, precision="bf16")
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,8 @@ def finale_cost(spec: Spec, facts: Mapping[str, Any], projector: Projector) -> d
     if wanted is None:
         return {}
     number = records.finale_number(0)
-    search = spec.search.model_copy(update={"precision": "bf16"})
-    configs = [space.typical(method, search, wanted, spec.seed, number) for method in search.method]
-    return {c.method: projector.confirmation(records.newcomer(c), 1) for c in configs}
+    configs = [space.typical(method, spec.search, wanted, spec.seed, number) for method in spec.search.method]
+    return {c.method: projector.confirmation(records.newcomer(endgame.whole(c)), 1) for c in configs}
 
 
 # From here on: the finale as the tables have it.
@@ -130,7 +129,7 @@ def _config(race: Race, source: TrialRow) -> TrialConfig:
     wanted = examples(race.study.spec, race.study.facts)
     assert wanted is not None
     number = records.finale_number(source.number)
-    return replace(source.config, number=number, seed=seed, examples=wanted, precision="bf16")
+    return replace(endgame.whole(source.config), number=number, seed=seed, examples=wanted)
 
 
 def _start(store: Store, race: Race, source: TrialRow) -> None:

@@ -31,6 +31,7 @@ from sweep.standing import roomy
 from sweep.store import ORCHESTRATOR_LOCK, Store
 from sweep.study import check_sampler
 from trainers.memory import Correction
+from trainers.messages import FP8_CAPABILITY
 
 RUNS = Path("runs")
 CHECK_SECONDS = 3600  # tokenising a large data set may take long; a hang must still end
@@ -162,8 +163,8 @@ def on_named_gpu(spec: Spec, facts: dict[str, Any]) -> dict[str, Any]:
     if named is None or not (other := _other_gpu(spec, facts)):
         return facts
     card = fit.listed_card(named)
-    there = {"device": named, "gpu_memory_bytes": card.memory if card else None, "gpus": spec.machine.gpu_count}
-    there["capability"] = None
+    there = {"device": named, "gpus": spec.machine.gpu_count, "capability": None}
+    there |= {"gpu_memory_bytes": card.memory if card else None}
     return facts | there | {"notes": [f"{other}: planned for the one that is named", *facts.get("notes", [])]}
 
 
@@ -251,7 +252,6 @@ def refuse_nothing(planned: Outline, notes: Sequence[str] = ()) -> None:
     )
 
 
-FP8_CAPABILITY = (8, 9)  # compute capability from which on GPUs multiply 8-bit floats
 # Listed GPUs that are older, or whose 8-bit floats are others.
 WITHOUT_FP8 = frozenset(["A10", "A10G", "A100", "A30", "V100", "RTX3090", "RTX6000", "RTXA4000", "RTXA6000", "MI300X"])
 EIGHT_BIT = ("bitsandbytes", "torchao")  # either of them has AdamW with 8-bit moments

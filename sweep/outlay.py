@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from budgets.ledger import Ledger, trial_account
 from budgets.money import cost_micros
-from sweep import fit, records, space, verdict
+from sweep import endgame, fit, records, space, verdict
 from sweep.projection import Projector, projector_of
 from sweep.records import Study, TrialRow
 
@@ -59,11 +59,11 @@ def _cost(
     measured = [t for t in of_method if t.number in evaluations]
     if not measured:
         return None
-    # What is confirmed is trained in bf16, and so is the whole run that is priced beside it.
     one = chosen or min(measured, key=lambda t: (-t.rung, t.loss if t.loss is not None else float("inf"), t.number))
     runs = [t for t in of_method if chosen is not None and t.source == chosen.number and t.state == "completed"]
-    whole = dataclasses.replace(one.config, precision="bf16") if runs else one.config
-    fresh = dataclasses.replace(records.newcomer(whole), target=projector.plan.last)
+    # As the confirmations that it is priced beside, where there are any.
+    config = endgame.whole(one.config) if runs else one.config
+    fresh = dataclasses.replace(records.newcomer(config), target=projector.plan.last)
     alone = projector.to_end(fresh)
     charged = [accounts.get(trial_account(t.number), 0) for t in runs]
     stretches = [row for t in runs for row in evaluations.get(t.number, [])]

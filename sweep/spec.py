@@ -30,11 +30,11 @@ from pydantic import (
 from budgets.money import MICROS, MoneyError, Rate, parse_rate, parse_usd
 from sweep.errors import SpecError
 from sweep.explain import explain, foremost, lines_of, repeated
+from trainers.messages import Precision
 
 T = typing.TypeVar("T")
 Method = Literal["lora", "full"]
 Targets = Literal["attention", "mlp", "all-linear"]
-Precision = Literal["bf16", "fp8"]
 MAX_SLOTS = 64
 PATIENCE = 20  # trials, where patience is asked for without any limit
 NEW = {"new": True}  # the context of a spec that was just read: what is stored was launched under the rules of its time

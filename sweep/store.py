@@ -53,7 +53,7 @@ NETWORK_FILE_SYSTEMS = {
 }
 # SQLSTATE classes that pass by themselves: connection lost, serialization or deadlock, lock timeout, server going down.
 PASSING = ("08", "40", "55P03", "57P", "25P03")
-DISK_FULL = "53100"
+DISK_FULL = "53100"  # the SQLSTATE
 FREE_SPACE = "free some space, then sweep resume; nothing was lost"
 
 

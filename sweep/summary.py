@@ -40,9 +40,11 @@ def latest(connection: Connection) -> str:
 
 def trials(connection: Connection, name: str) -> list[dict[str, Any]]:
     """All trials: those with the best results first, then by number; after them those that confirm others."""
-    study = records.study(connection, name)
-    rows = records.trials(connection, name)
-    metric = study.spec.objective.metric
+    return _ranked(connection, records.study(connection, name), records.trials(connection, name))
+
+
+def _ranked(connection: Connection, study: Study, rows: Sequence[TrialRow]) -> list[dict[str, Any]]:
+    name, metric = study.name, study.spec.objective.metric
     ranked = sorted(records.searched(rows), key=lambda t: _order(t, metric))
     place = {trial.number: n for n, trial in enumerate(ranked)}
     others = [trial for trial in rows if trial.source is not None]
@@ -99,11 +101,10 @@ def best(connection: Connection, name: str) -> dict[str, Any]:
 
     The winner of the endgame's race, with its means over seeds; where nothing was confirmed the best single run.
     """
-    study = records.study(connection, name)
-    ranked = trials(connection, name)
+    study, rows = records.study(connection, name), records.trials(connection, name)
+    ranked = _ranked(connection, study, rows)
     if not ranked or ranked[0]["loss"] is None:
         raise NotFoundError(f"no trial of {name} was evaluated yet", f"watch it with `sweep status {name}`")
-    rows = records.trials(connection, name)
     parts = records.searched(rows), records.confirmations(rows)
     won, given = endgame.outcome(study, *parts), finale.deliverable(study, *parts, records.finales(rows))
     best = ranked[0] if won is None else next(t for t in ranked if t["number"] == won.source.number)
@@ -248,7 +249,7 @@ def status(connection: Connection, name: str, now_ms: dict[str, int] | None = No
     projector = projector_of(study, connection)
     projected, low, high = _projected(connection, study, rows, balances, worker, now_ms or {}, projector)
     held = projector.forecast.calibration("train")
-    ranked = trials(connection, name)
+    ranked = _ranked(connection, study, rows)
     counts: dict[str, int] = {}
     searched, repeated = records.searched(rows), records.confirmations(rows)
     for row in searched:
@@ -323,16 +324,16 @@ def listing(connection: Connection) -> list[dict[str, Any]]:
     """All studies of this database, oldest first."""
     found = []
     for name in records.study_names(connection):
-        study = records.study(connection, name)
+        study, rows = records.study(connection, name), records.trials(connection, name)
         balances = Ledger(connection, name).balances()
-        ranked = trials(connection, name)
+        ranked = _ranked(connection, study, rows)
         worker = next(iter(records.workers(connection, name, living=True)), None)
         top = ranked[0] if ranked and ranked[0]["loss"] is not None else None
         found.append(
             {
                 "study": name,
                 "state": study.state,
-                "standing": standing.kind(study, records.trials(connection, name), worker),
+                "standing": standing.kind(study, rows, worker),
                 "model": study.spec.model,
                 "trials": sum(trial["source"] is None for trial in ranked),
                 "best": None if top is None else top["full_loss"] or top["loss"],

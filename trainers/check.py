@@ -23,7 +23,6 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +64,12 @@ def _device() -> dict[str, Any]:
     return found | {"gpu_memory_bytes": properties.total_memory, "capability": [properties.major, properties.minor]}
 
 
+def _precision(request: dict[str, Any]) -> Precision:
+    """Of LoRA's products with the base."""
+    found: Precision = request.get("precision", "bf16")
+    return found
+
+
 def _shape(model: Any, precision: Precision) -> dict[str, Any] | None:
     """The model's shape; None where its code does not run without weights: what it needs is not predicted then."""
     from trainers.shapes import shape_of
@@ -75,16 +80,17 @@ def _shape(model: Any, precision: Precision) -> dict[str, Any] | None:
         return None
 
 
-def model_alone(name: str, methods: Sequence[str], precision: Precision = "bf16") -> dict[str, Any]:
+def model_alone(request: dict[str, Any]) -> dict[str, Any]:
     """What is seen of a model by its configuration. Raises ModelError."""
     from trainers import models
     from trainers.quantised import check_quantised
     from trainers.shapes import shape_of
 
+    name, precision = request["model"], _precision(request)
     config = models.load_config(models.resolve(name, ["config.json"]))
     model = models.skeleton(config)
     models.head_of(model)
-    check_quantised(name, model, methods, precision)
+    check_quantised(name, model, request["methods"], precision)
     shape = dataclasses.asdict(shape_of(model, precision))
     return {"parameters": model.num_parameters(), "shape": shape, **_device()}
 
@@ -111,7 +117,7 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     models.check_weights(folder)
     model = models.skeleton(config)
     models.head_of(model)
-    precision: Precision = request.get("precision", "bf16")
+    precision = _precision(request)
     check_quantised(folder.name, model, request["methods"], precision)
     text = config.get_text_config()
     per_rank = {}
@@ -168,8 +174,7 @@ def _answer(request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     try:
         _look_at_names(request)  # first, since what follows imports torch, transformers and datasets
         _silence()
-        alone = (request["model"], request["methods"], request.get("precision", "bf16"))
-        found = check(request) if "train" in request else model_alone(*alone)
+        found = check(request) if "train" in request else model_alone(request)
     except ModelError as error:
         return BAD_INPUT, _refusal("model", str(error), "model: in the spec names a folder or a hub id")
     except DataError as error:

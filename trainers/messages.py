@@ -31,6 +31,7 @@ Method = Literal["lora", "full"]
 Targets = Literal["attention", "mlp", "all-linear"]
 Optimizer = Literal["adamw", "adamw-8bit"]
 Precision = Literal["bf16", "fp8"]
+FP8_CAPABILITY = (8, 9)  # compute capability from which on GPUs multiply 8-bit floats
 FailureCode = Literal["diverged", "out_of_memory", "disk", "error"]
 
 # In the environment of everything that a worker starts: the worker's folder.

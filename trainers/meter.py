@@ -64,9 +64,7 @@ class Meter:
         self._reported = 0  # their sum
         self._moved: set[str] = set()  # centres that were charged since the last report
         self._owed_ns: dict[str, int] = {}  # to each centre beyond what was reported, then
-        self._owing: list[
-            tuple[int, str]
-        ] = []  # a heap of (-owed, centre); what is not as in `_owed_ns` is out of date
+        self._owing: list[tuple[int, str]] = []  # heap of (-owed, centre): out of date where not as in `_owed_ns`
         self._mark_ns = 0
         self._centre = "load"
 

@@ -328,8 +328,8 @@ def _lora_engine(job: WorkerJob, base: Base, train: Split, validation: Split) ->
     with _timed("probe"):
         slots, stream_tokens = _pack(job, base, train, validation)
     with _timed("packed engine"):
-        widths = stream_tokens, slots, job.max_rank
-        lora = LoraEngine(base, train, validation, job.rung_rows, *widths, job.precision)
+        data = train, validation, job.rung_rows
+        lora = LoraEngine(base, *data, stream_tokens, slots, job.max_rank, job.precision)
         if base.device.type == "cuda":
             from trainers.lora import probe
 

@@ -102,9 +102,9 @@ def show_best(console: Console, best: dict[str, Any], next_command: str) -> None
     rows.append(("trained", f"{trial['tokens']:,} tokens in {trial['step']:,} steps"))
     pairs(console, [*rows, *_parameters(trial)])
     if best["deliverable"] is not None:
-        searched, trial = trial["config"].get("precision"), best["deliverable"]["trial"]
+        searched, trial = trial["config"]["precision"], best["deliverable"]["trial"]
         words = f"what follows is run {label_of(trial, glyphs(console))}, {best['deliverable']['words']}"
-        if (trained := trial["config"].get("precision")) != searched:
+        if (trained := trial["config"]["precision"]) != searched:
             words += f"; it was trained in {trained}, as all that confirm"
         say(console, words, "dim")
         if trial["finale"] and best["deliverable"]["test"] is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Trained, curve, far, lora_trial, same_bits, save_model, taken, train_pack
+from tiny import Trained, curve, equal, far, lora_trial, save_model, taken, train_pack
 from torch import nn
 from transformers import LlamaConfig
 
@@ -51,12 +51,6 @@ def alone(engine: Any, config: Any) -> Trained:
     """The trial by itself."""
     engine.admit(config, None, None)
     return taken(engine, config.number, curve(engine, config.number, STEPS))
-
-
-def equal(found: Trained, expected: Trained) -> None:
-    """Asserts that losses, adapter and moments are the same to the bit."""
-    assert found.losses == expected.losses
-    assert same_bits(found.adapter, expected.adapter) and same_bits(found.moments, expected.moments)
 
 
 def test_rounding_keeps_three_bits_of_each_row() -> None:

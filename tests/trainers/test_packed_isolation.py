@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Trained, apart, curve, in_double, lora_trial, same_bits, save_model, taken
+from tiny import Trained, apart, curve, equal, in_double, lora_trial, save_model, taken
 from transformers import LlamaConfig
 
 from trainers.engine import TrialFailed
@@ -65,14 +65,6 @@ def observe(engine: Any, happens: dict[int, Callable[[], None]]) -> Trained:
 def alone(make: Make) -> Trained:
     """The observed trial in four slots, by itself."""
     return observe(make(4), {})
-
-
-def equal(found: Trained, expected: Trained) -> None:
-    """Asserts that losses, adapter and moments are the same to the bit."""
-    assert found.losses == expected.losses
-    assert same_bits(found.adapter, expected.adapter)
-    assert same_bits(found.moments, expected.moments)
-    assert all(part.abs().sum() > 0 for part in found.adapter.values())
 
 
 def test_neighbours_come_and_go(make: Make, alone: Trained) -> None:

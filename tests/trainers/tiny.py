@@ -247,3 +247,11 @@ def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> 
     return left.keys() == right.keys() and all(
         left[n].dtype == right[n].dtype and torch.equal(left[n], right[n]) for n in left
     )
+
+
+def equal(found: Trained, expected: Trained) -> None:
+    """Asserts that losses, adapter and moments are the same to the bit."""
+    assert found.losses == expected.losses
+    assert same_bits(found.adapter, expected.adapter)
+    assert same_bits(found.moments, expected.moments)
+    assert all(part.abs().sum() > 0 for part in found.adapter.values())

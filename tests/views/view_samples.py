@@ -37,6 +37,7 @@ def a_trial(number: int, state: str = "completed", *, cost: int = 2_518, diverge
     rank, alpha, targets = (64, 128.0, "all-linear") if number % 2 == 0 else (4, 8.0, TARGETS[number % 3])
     config: dict[str, Any] = {"method": "full" if full else "lora", "learning_rate": 2.1354976e-3, "batch_size": 16}
     config |= {"examples": 250, "seed": 0, "warmup": 0.05, "weight_decay": 0.0, "clip_norm": 1.0, "dropout": 0.0}
+    config["precision"] = "bf16"
     if not full:
         config |= {"rank": rank, "alpha": alpha, "targets": targets}
     reasons = {"completed": "trained to its end", "live": "", "waiting": "promoted: ranked 2 of 11 at 640 tokens"}

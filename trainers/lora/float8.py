@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from trainers.messages import FP8_CAPABILITY
 from trainers.named import ModelError
 
 FORMAT = torch.float8_e4m3fn
 LARGEST = 448.0  # of the format
 TINY = 1e-30  # of a row, where all of it is zero
-CAPABILITY = (8, 9)  # compute capability from which on a GPU has such products
 SHARE, NATS = 0.05, 0.2  # how far a loss may be from that by whole weights: as in loss.TOLERANCE
 _MULTIPLE = 16  # of a product's inner and outer size (cuBLAS and CUTLASS read 16 bytes at a time)
 
@@ -77,7 +77,7 @@ class Weights:
 
 def check_device(name: str, device: torch.device) -> None:
     """Raises ModelError for a GPU without such products: a launch refuses it, a resume may find itself on one."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         raise ModelError(
             f"{name}: trials in fp8 can't train on {torch.cuda.get_device_name(device)}; resume on a GPU of compute "
             "capability 8.9 or more"
